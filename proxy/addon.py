@@ -1,0 +1,616 @@
+"""The mitmproxy addon: each hook hands a flow to the rooms that decide, and refuses when anything raises.
+
+Glue only. It sees mitmproxy's flows whichever driver they come from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import os
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mitmproxy import connection, http
+from mitmproxy.net import tls as net_tls
+from mitmproxy.proxy import layer, server_hooks
+from mitmproxy.proxy.layers import http as http_layers
+from mitmproxy.proxy.layers.tls import ClientTLSLayer
+from mitmproxy.tls import ClientHelloData, TlsData
+
+from proxy import flow as flows
+from proxy.address import Host, parse_authority
+from proxy.exchange import Exchange
+from proxy.flow import FlowState, Tunnel, state_of
+from proxy.gateway import Gateway
+from proxy.identity import Identified, Identity
+from proxy.layers import HttpLayer, Refuse
+from proxy.reason import Reason
+from proxy.redact import Replacer, secret_replacer
+from proxy.request import Ambiguous, RequestView
+from proxy.settings import Listener
+from proxy.upstream import PINNED, Refused, SocketAddress, Upstream
+
+if TYPE_CHECKING:
+    from proxy.runtime import Runtime
+
+_log = logging.getLogger("sallyport")
+_ULID = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford base 32
+
+
+def ulid(now: float, random: Callable[[int], bytes] = os.urandom) -> str:
+    """A sortable id: 48 bits of milliseconds, 80 random ones."""
+    number = int(now * 1000) << 80 | int.from_bytes(random(10))
+    return "".join(_ULID[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+@dataclass(slots=True)
+class Dial:
+    """An upstream one decided request may be sent to."""
+
+    host: Host
+    private: bool
+    failure: Reason | None = None
+
+
+@dataclass(slots=True)
+class Peer:
+    """One client connection."""
+
+    client: connection.Client
+    listener: Listener
+    tunnel: Tunnel | None = None
+    sni_mismatch: bool = False
+    dials: dict[tuple[str, int], Dial] = field(default_factory=dict)
+    open: dict[int, http.HTTPFlow] = field(default_factory=dict)  # not recorded yet
+    agents: set[str] = field(default_factory=set)
+
+
+def where(error: BaseException) -> str:
+    """The kind and our own line of an exception: its message could quote a secret."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = frames[-1] if frames else None
+    return f"{type(error).__name__} at {os.path.basename(place.filename)}:{place.lineno}" if place else str(type(error))
+
+
+def guarded(refuse: Callable[[Any, Any], None]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A hook that refuses by `refuse` when it raises: mitmproxy itself would log it and let the flow go on."""
+
+    def decorate(hook: Callable[..., Any]) -> Callable[..., Any]:
+        def failed(addon: Addon, data: Any, error: Exception) -> None:
+            _log.error("%s failed and refused: %s", hook.__name__, where(error))
+            refuse(addon, data)
+
+        if inspect.iscoroutinefunction(hook):
+
+            @functools.wraps(hook)
+            async def awaited(self: Addon, data: Any) -> None:
+                try:
+                    await hook(self, data)
+                except Exception as error:
+                    failed(self, data, error)
+
+            return awaited
+
+        @functools.wraps(hook)
+        def called(self: Addon, data: Any) -> None:
+            try:
+                hook(self, data)
+            except Exception as error:
+                failed(self, data, error)
+
+        return called
+
+    return decorate
+
+
+def _refuse_flow(addon: Addon, flow: http.HTTPFlow) -> None:
+    addon.refuse(flow, Refused(Reason.INTERNAL))
+
+
+def _cut_flow(addon: Addon, flow: http.HTTPFlow) -> None:
+    exchange = state_of(flow).exchange
+    if exchange:
+        exchange.allowed, exchange.reason = False, Reason.INTERNAL
+    addon.abort(flow.client_conn)
+
+
+def _cut_client(addon: Addon, client: connection.Client) -> None:
+    client.error = "refused"
+    addon.abort(client)
+
+
+def _cut_layer(addon: Addon, data: layer.NextLayer) -> None:
+    data.layer = Refuse(data.context)
+
+
+def _cut_tls(addon: Addon, data: TlsData | ClientHelloData) -> None:
+    addon.abort(data.context.client)
+
+
+def _cut_server(addon: Addon, data: server_hooks.ServerConnectionHookData) -> None:
+    data.server.error = "refused"
+
+
+class Addon:
+    """The proxy's hooks. `abort` cuts a client connection; the driver sets it."""
+
+    def __init__(self, runtime: Runtime, abort: Callable[[connection.Client], None]) -> None:
+        self.runtime = runtime
+        self.abort = abort
+        self.identity: Identity = runtime.identity
+        self.gateway: Gateway = runtime.gateway
+        self.upstream: Upstream = runtime.upstream
+        self.peers: dict[str, Peer] = {}
+        self.listeners: dict[int, Listener] = {}
+        self.by_agent: dict[str, set[str]] = defaultdict(set)
+        self._replacers: dict[tuple[tuple[str, bytes], ...], Replacer] = {}
+
+    # Connections
+
+    @guarded(_cut_client)
+    def client_connected(self, client: connection.Client) -> None:
+        """Remember the connection and which listener it came by."""
+        port = client.sockname[1]
+        listener = self.listeners.get(port) or Listener(f"port {port}", "", port)
+        self.peers[client.id] = Peer(client, listener)
+        self.runtime.metrics.connection(listener.address, 1)
+
+    @guarded(_cut_client)
+    def client_disconnected(self, client: connection.Client) -> None:
+        """Record what was still open, and forget the connection."""
+        peer = self.peers.pop(client.id, None)
+        if peer is None:
+            return
+        for flow in list(peer.open.values()):
+            self._record(flow)
+        for agent in peer.agents:
+            self.by_agent[agent].discard(client.id)
+            if not self.by_agent[agent]:
+                del self.by_agent[agent]
+        self.runtime.metrics.connection(peer.listener.address, -1)
+
+    @guarded(_cut_layer)
+    def next_layer(self, data: layer.NextLayer) -> None:
+        """HTTP on the listener, TLS and nothing else after CONNECT, HTTP inside the TLS."""
+        context = data.context
+        above = context.layers[-1] if context.layers else None
+        if isinstance(above, http_layers.HttpStream):
+            start: bytes = data.data_client()  # type: ignore[no-untyped-call]
+            if net_tls.starts_like_tls_record(start):
+                data.layer = ClientTLSLayer(context)
+            elif len(start) < 3 and b"\x16\x03".startswith(start[:2]):
+                data.layer = None  # more must come before it can be told
+            else:
+                self._record_refused_tunnel(context.client)
+                data.layer = Refuse(context)
+        else:
+            inside = isinstance(above, ClientTLSLayer)
+            mode = http_layers.HTTPMode.transparent if inside else http_layers.HTTPMode.regular
+            data.layer = self.http_layer(context, mode)
+
+    def http_layer(self, context: Any, mode: http_layers.HTTPMode) -> HttpLayer:
+        """The HTTP layer of a connection or tunnel."""
+        return HttpLayer(context, mode, self.runtime.settings.limits.headers, self.refuse_head)
+
+    @guarded(_cut_tls)
+    def tls_clienthello(self, data: ClientHelloData) -> None:
+        """The server name must be the CONNECT target; whatever it is, the target is what is dialled."""
+        context = data.context
+        tunnel = self.peers[context.client.id].tunnel
+        assert tunnel
+        context.server.tls = True
+        context.server.sni = tunnel.host.name
+        self.peers[context.client.id].sni_mismatch = not _names(context.client.sni, tunnel.host)
+
+    @guarded(_cut_tls)
+    def tls_start_client(self, data: TlsData) -> None:
+        """Show our certificate for the name the client asks for; with a wrong name it only ever gets refusals."""
+        peer = self.peers[data.context.client.id]
+        assert peer.tunnel
+        host = peer.tunnel.host
+        if peer.sni_mismatch:
+            with contextlib.suppress(ValueError):
+                host = Host.parse(data.context.client.sni or "")
+        data.ssl_conn = self.runtime.client_tls.connection(host)
+
+    @guarded(_cut_tls)
+    def tls_start_server(self, data: TlsData) -> None:
+        """The upstream must prove the name that was decided."""
+        server = data.conn
+        assert isinstance(server, connection.Server)
+        dial = self.peers[data.context.client.id].dials[_address(server)]
+        server.sni = dial.host.name
+        http2 = data.context.client.alpn == b"h2"
+        server.alpn_offers = [b"h2", b"http/1.1"] if http2 else [b"http/1.1"]
+        data.ssl_conn = self.runtime.upstream_tls.connection(dial.host, http2=http2)
+
+    def tls_failed_server(self, data: TlsData) -> None:
+        """Remember why: the flow's answer says so."""
+        peer = self.peers.get(data.context.client.id)
+        if peer and isinstance(data.conn, connection.Server) and data.conn.address in peer.dials:
+            peer.dials[_address(data.conn)].failure = Reason.UPSTREAM_TLS
+
+    @guarded(_cut_server)
+    async def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
+        """Only a decided upstream is dialled, at addresses that were checked."""
+        data.server.error = "refused"  # until all of this has passed
+        dial = self.peers[data.client.id].dials[_address(data.server)]
+        try:
+            addresses: list[SocketAddress] = await self.upstream.addresses(
+                dial.host, _address(data.server)[1], private=dial.private
+            )
+        except Refused as refused:
+            dial.failure = refused.reason
+            return
+        PINNED.set(addresses)
+        dial.failure = None
+        data.server.error = None
+
+    def server_connect_error(self, data: server_hooks.ServerConnectionHookData) -> None:
+        """A dial that failed after its addresses were found."""
+        peer = self.peers.get(data.client.id)
+        dial = peer.dials.get(_address(data.server)) if peer else None
+        if dial and dial.failure is None:
+            dial.failure = Reason.UPSTREAM_UNREACHABLE
+
+    def tcp_start(self, flow: Any) -> None:
+        """Nothing leaves as raw TCP or UDP."""
+        flow.kill()
+
+    udp_start = dns_request = tcp_start
+
+    # Requests
+
+    @guarded(_refuse_flow)
+    def http_connect(self, flow: http.HTTPFlow) -> None:
+        """Identify; refuse here what cannot be answered inside, before any upstream byte (contract section 6)."""
+        peer = self.peers[flow.client_conn.id]
+        exchange = self._begin(flow, peer)
+        exchange.method = "CONNECT"
+        try:
+            target = flow.request.data.authority.decode("latin-1") or f"{flow.request.host}:{flow.request.port}"
+            host, port = _connect_target(state_of(flow).authority or target, flow)
+            exchange.scheme, exchange.host, exchange.port = "https", host.name, port
+            identified = self._identify(flow, peer)
+            exchange.agent, exchange.identity = identified.agent, identified.proofs
+            self._admit(peer, identified)
+            policy = self.gateway.policy()
+            if port not in (policy.tls_ports if policy else {443}):
+                raise Refused(Reason.NO_RULE)
+        except Refused as refused:
+            self.refuse(flow, refused)
+            self._record(flow)
+            return
+        assert identified.agent
+        peer.tunnel = Tunnel(host, port, identified.agent.id, identified.proofs)
+        flow.request.data.host, flow.request.data.port = host.name, port
+        state_of(flow).recorded = True  # its requests are
+        peer.open.pop(id(flow), None)
+
+    @guarded(_refuse_flow)
+    async def requestheaders(self, flow: http.HTTPFlow) -> None:
+        """View, decide, meet the obligations: all that follows only carries it out."""
+        peer = self.peers[flow.client_conn.id]
+        state, exchange = state_of(flow), self._begin(flow, peer)
+        try:
+            identified = self._identify(flow, peer)
+            exchange.agent, exchange.identity = identified.agent, identified.proofs
+            self._describe(flow, peer, exchange)
+            self._admit(peer, identified)
+            if peer.sni_mismatch:
+                raise Refused(Reason.AUTHORITY_MISMATCH)
+            state.view = view = self._view(flow, peer)
+            _fill(exchange, view)
+            assert identified.agent
+            approved = await self.gateway.approve(identified.agent, view, exchange)
+        except Refused as refused:
+            self.refuse(flow, refused)
+            return
+        if approved.answer:
+            state.answered = True
+            flow.response = flows.answer(approved.answer)
+            return
+        outbound = approved.outbound
+        target = outbound.view
+        in_body = tuple((opened.name, opened.secret.reveal()) for _, opened in outbound.body)
+        state.redactor = self._redactor(target, outbound.sent + in_body)
+        state.response_edits = approved.response_edits
+        peer.dials[target.host.name, target.port] = Dial(target.host, approved.private)
+        flows.write_request(flow, target, scanned=state.redactor is not None)
+        if outbound.body:
+            state.body_credentials = tuple(opened for _, opened in outbound.body)
+            state.placeholders = Replacer({mark: (one.secret.reveal(), one.name) for mark, one in outbound.body})
+        state.decided = True
+        self._stream_request(flow, state)
+        state.sent_at = time.perf_counter()
+
+    def _stream_request(self, flow: http.HTTPFlow, state: FlowState) -> None:
+        request, exchange = flow.request, state.exchange
+        assert exchange
+        length = request.headers.get("content-length")
+        if state.placeholders and length and int(length) <= self.runtime.settings.limits.buffer:
+            return  # held, so that the upstream is told its new length
+        if state.placeholders:
+            state.request_stream = state.placeholders.stream()
+            request.headers.pop("content-length", None)
+            if not request.is_http2 and (length or "transfer-encoding" in request.headers):
+                request.headers["transfer-encoding"] = "chunked"
+        replacing = state.request_stream
+
+        def pass_on(chunk: bytes) -> Iterable[bytes]:
+            exchange.request_bytes += len(chunk)
+            if replacing:
+                last = not chunk
+                chunk = replacing.finish() if last else replacing.feed(chunk)
+                if last:
+                    flows.note_body_injections(state, replacing.found)
+            return [chunk] if chunk else []
+
+        request.stream = pass_on
+
+    @guarded(_refuse_flow)
+    def request(self, flow: http.HTTPFlow) -> None:
+        """No request passes that was not decided; a held body gets its placeholders replaced."""
+        state = state_of(flow)
+        if flow.response:
+            return
+        if not state.decided:
+            raise RuntimeError("an undecided request")
+        exchange = state.exchange
+        if exchange and not flow.request.stream:
+            body = flow.request.raw_content or b""
+            exchange.request_bytes += len(body)
+            if state.placeholders:
+                flow.request.raw_content, found = state.placeholders.replace(body)
+                flows.note_body_injections(state, found)
+
+    # Responses
+
+    @guarded(_cut_flow)
+    def responseheaders(self, flow: http.HTTPFlow) -> None:
+        """Strip, edit and redact the head; stream the body through the redactor."""
+        state, exchange, response = state_of(flow), state_of(flow).exchange, flow.response
+        assert response
+        if exchange is None or not state.decided or exchange.status:
+            return
+        exchange.status = response.status_code
+        exchange.upstream_duration = time.perf_counter() - state.sent_at
+        peername = flow.server_conn.peername
+        exchange.upstream_ip = peername[0] if peername else ""
+        flows.clean_response_headers(flow, state.response_edits, state.redactor)
+        body = flows.body_redactor(flow, state.redactor) if state.redactor else None
+        state.response_body = body
+
+        def pass_on(chunk: bytes) -> Iterable[bytes]:
+            exchange.response_bytes += len(chunk)
+            if body is None:
+                return [chunk] if chunk else []
+            try:
+                return list(body.feed(chunk) if chunk else body.finish())
+            except Exception as error:
+                _log.error("a response could not be scanned and was cut: %s", where(error))
+                exchange.reason = Reason.SECRET_LEAK
+                self.abort(flow.client_conn)
+                return []
+
+        response.stream = pass_on
+
+    @guarded(_cut_flow)
+    def response(self, flow: http.HTTPFlow) -> None:
+        """The exchange is over, unless a WebSocket begins."""
+        if not flow.websocket:
+            self._record(flow)
+
+    @guarded(_cut_flow)
+    def error(self, flow: http.HTTPFlow) -> None:
+        """The exchange failed; where nothing was answered yet, say so in our words."""
+        state = state_of(flow)
+        if state.decided and state.exchange and not state.exchange.status:
+            self._upstream_failed(flow, state, state.exchange)
+        self._record(flow)
+
+    def _upstream_failed(self, flow: http.HTTPFlow, state: FlowState, exchange: Exchange) -> None:
+        peer = self.peers.get(flow.client_conn.id)
+        dial = peer.dials.get((flow.request.host, flow.request.port)) if peer else None
+        reason = (dial.failure if dial else None) or Reason.UPSTREAM_UNREACHABLE
+        exchange.reason = reason
+        exchange.allowed = reason is not Reason.PRIVATE_ADDRESS
+        exchange.status = reason.status
+        flow.response = flows.refusal(Refused(reason), exchange, state.view)
+
+    @guarded(_cut_flow)
+    def websocket_message(self, flow: http.HTTPFlow) -> None:
+        """Redact what the upstream says; keep no history (mitmproxy would, for ever)."""
+        assert flow.websocket
+        message, state = flow.websocket.messages[-1], state_of(flow)
+        exchange = state.exchange
+        assert exchange
+        if message.from_client:
+            exchange.request_bytes += len(message.content)
+        else:
+            exchange.response_bytes += len(message.content)
+            if state.redactor:
+                message.content, found = state.redactor.replace(message.content)
+                for credential, times in found.items():
+                    exchange.redacted[credential, "websocket"] += times
+        flow.websocket.messages[:] = [message]
+
+    @guarded(_cut_flow)
+    def websocket_end(self, flow: http.HTTPFlow) -> None:
+        """The exchange of a WebSocket is over."""
+        self._record(flow)
+
+    # Shared steps
+
+    def refuse(self, flow: http.HTTPFlow, refused: Refused) -> None:
+        """Answer `flow` with a refusal."""
+        state = state_of(flow)
+        exchange = state.exchange
+        if exchange is None:
+            peer = self.peers.get(flow.client_conn.id) or Peer(flow.client_conn, Listener("", "", 0))
+            exchange = self._begin(flow, peer)
+        exchange.allowed, exchange.reason = False, refused.reason
+        exchange.status = refused.reason.status
+        exchange.injected, state.decided, state.answered = [], False, True
+        flow.request.stream = False
+        flow.response = flows.refusal(refused, exchange, state.view)
+        if flow.request.method == "CONNECT":
+            flow.response.headers["connection"] = "close"  # or tunnel data would be read as a new request
+
+    def refuse_head(self, client: connection.Client, problem: str) -> bytes:
+        """The whole answer to bytes that are no request; recorded like one."""
+        peer = self.peers[client.id]
+        exchange = self._exchange(peer)
+        refused = Refused(Reason.AMBIGUOUS_REQUEST, problem)
+        exchange.reason, exchange.status = refused.reason, refused.reason.status
+        if peer.tunnel:
+            exchange.agent = self.runtime.registry.by_id(peer.tunnel.agent_id)
+            exchange.host, exchange.port, exchange.scheme = peer.tunnel.host.name, peer.tunnel.port, "https"
+        response = flows.refusal(refused, exchange, None)
+        response.headers["connection"] = "close"
+        self.runtime.record(exchange)
+        head = b"".join(b"%s: %s\r\n" % pair for pair in response.headers.fields)
+        return b"HTTP/1.1 400 Bad Request\r\n" + head + b"\r\n" + (response.raw_content or b"")
+
+    def _record_refused_tunnel(self, client: connection.Client) -> None:
+        peer = self.peers[client.id]
+        exchange = self._exchange(peer)
+        exchange.method, exchange.reason = "CONNECT", Reason.PROTOCOL_NOT_ALLOWED
+        exchange.status = exchange.reason.status
+        if peer.tunnel:
+            exchange.agent, exchange.identity = self.runtime.registry.by_id(peer.tunnel.agent_id), peer.tunnel.proofs
+            exchange.host, exchange.port, exchange.scheme = peer.tunnel.host.name, peer.tunnel.port, "https"
+        self.runtime.record(exchange)
+
+    def _exchange(self, peer: Peer) -> Exchange:
+        now = self.runtime.clock()
+        client = f"{peer.client.peername[0]}:{peer.client.peername[1]}" if peer.client.peername else ""
+        return Exchange(ulid(now), now, peer.listener.address, client)
+
+    def _begin(self, flow: http.HTTPFlow, peer: Peer) -> Exchange:
+        state = state_of(flow)
+        state.exchange = self._exchange(peer)
+        state.sent_at = time.perf_counter()
+        peer.open[id(flow)] = flow
+        return state.exchange
+
+    def _describe(self, flow: http.HTTPFlow, peer: Peer, exchange: Exchange) -> None:
+        """What is known before the request is parsed, for refusals that come earlier."""
+        exchange.method = flow.request.method[:32]
+        if peer.tunnel:
+            exchange.scheme, exchange.host, exchange.port = "https", peer.tunnel.host.name, peer.tunnel.port
+        else:
+            exchange.scheme, exchange.host, exchange.port = flow.request.scheme, flow.request.host, flow.request.port
+
+    def _identify(self, flow: http.HTTPFlow, peer: Peer) -> Identified:
+        """The tunnel's agent, or the one this request proves."""
+        registry, now = self.runtime.registry, self.runtime.clock()
+        if not registry.loaded:
+            raise Refused(Reason.STORE_UNAVAILABLE)
+        if peer.tunnel:
+            agent = registry.by_id(peer.tunnel.agent_id)
+            if agent is None or agent.expired(now):
+                return Identified(reason=Reason.BAD_IDENTITY)
+            return Identified(agent, peer.tunnel.proofs, Reason.ALLOWED)
+        source = peer.client.peername[0] if peer.client.peername else ""
+        return self.identity.identify(flows.proxy_authorization(flow), source, peer.listener.agent, now)
+
+    def _admit(self, peer: Peer, identified: Identified) -> None:
+        agent = identified.agent
+        if agent is None:
+            raise Refused(identified.reason)
+        connections = self.by_agent[agent.id]
+        if peer.client.id not in connections:
+            if len(connections) >= self.runtime.settings.limits.connections_per_agent:
+                self.runtime.metrics.limit_exceeded(agent.id, "", "connections")
+                raise Refused(Reason.LIMIT_EXCEEDED)
+            connections.add(peer.client.id)
+            peer.agents.add(agent.id)
+
+    @staticmethod
+    def _view(flow: http.HTTPFlow, peer: Peer) -> RequestView:
+        try:
+            return flows.view_of(flow, peer.tunnel)
+        except Ambiguous as error:
+            raise Refused(Reason.AMBIGUOUS_REQUEST, str(error)) from None
+
+    def _redactor(self, view: RequestView, sent: tuple[tuple[str, bytes], ...]) -> Replacer | None:
+        """What must not come back: what was sent now, and whatever else is open that this host may know."""
+        known = tuple(
+            (lease.name, lease.secret.reveal()) for lease in self.runtime.leased() if lease.grant.covers_host(view)
+        )
+        key = tuple(sorted({*sent, *known}))
+        if not key:
+            return None
+        replacer = self._replacers.get(key)
+        if replacer is None:
+            secrets: dict[str, list[bytes]] = {}
+            for name, value in key:
+                secrets.setdefault(name, []).append(value)
+            if len(self._replacers) > 64:
+                self._replacers.clear()
+            replacer = self._replacers[key] = secret_replacer(secrets)
+        return replacer
+
+    def _record(self, flow: http.HTTPFlow) -> None:
+        """Exactly once, last."""
+        state = state_of(flow)
+        peer = self.peers.get(flow.client_conn.id)
+        if peer:
+            peer.open.pop(id(flow), None)
+        exchange = state.exchange
+        if exchange is None or state.recorded:
+            return
+        state.recorded = True
+        exchange.duration = max(0.0, self.runtime.clock() - exchange.time)
+        if state.response_body:
+            for credential, times in state.response_body.found.items():
+                exchange.redacted[credential, "body"] += times
+        if not exchange.status and flow.response:
+            exchange.status = flow.response.status_code
+        if state.answered and flow.response:
+            exchange.response_bytes = len(flow.response.raw_content or b"")
+        self.runtime.record(exchange)
+
+
+def _fill(exchange: Exchange, view: RequestView) -> None:
+    exchange.method, exchange.scheme = view.method, view.scheme
+    exchange.host, exchange.port, exchange.path = view.host.name, view.port, view.path
+
+
+def _address(server: connection.Server) -> tuple[str, int]:
+    assert server.address
+    return server.address[0], server.address[1]
+
+
+def _names(sni: str | None, host: Host) -> bool:
+    if not sni:
+        return True
+    try:
+        return Host.parse(sni) == host
+    except ValueError:
+        return False
+
+
+def _connect_target(authority: str, flow: http.HTTPFlow) -> tuple[Host, int]:
+    try:
+        host, port = parse_authority(authority)
+        for value in flow.request.headers.get_all("host"):
+            if value.strip() and not _agrees(value.strip(), host, port):
+                raise Refused(Reason.AUTHORITY_MISMATCH)
+    except ValueError:
+        raise Refused(Reason.AMBIGUOUS_REQUEST, "its target is not a host and port") from None
+    return host, port
+
+
+def _agrees(text: str, host: Host, port: int) -> bool:
+    if text.rpartition(":")[2].isdigit() and not text.endswith("]"):
+        return parse_authority(text) == (host, port)
+    return Host.parse(text) == host

@@ -1,0 +1,240 @@
+"""The audit log: one JSON object a line for each exchange, written by a thread of its own. Decides nothing.
+
+A group of lines is on disk wholly or not at all, unless the process is killed in the middle of a write: then at most
+the exchanges that were not synced yet are lost, and the torn line is ended when the log is opened again. One process
+writes one file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+from proxy.exchange import Exchange
+from proxy.problem import UserError
+
+QUEUE = 10_000  # exchanges waiting; more are dropped and counted
+GROUP = 1_000  # lines in one commit
+LINGER = 0.01  # seconds a group waits for company: 100 syncs a second at most, at any load
+RETRY = 1.0  # seconds between tries while the disk is full or the file cannot be opened
+_STDOUT = 1
+_ascii = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode  # json.dumps would make one a line
+_unicode = json.JSONEncoder(allow_nan=False, separators=(",", ":"), ensure_ascii=False).encode
+_sync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
+
+
+class _File:
+    """The log on disk, whole lines only."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = -1
+        self._regular = False
+        self._torn = False  # the file ends in the middle of a line
+        self._open()
+
+    def append(self, data: bytes) -> None:
+        """Write and sync whole lines, all or none of them.
+
+        Raises OSError; the same lines may be tried again then.
+        """
+        self._follow_rotation()
+        before, written = os.fstat(self._fd).st_size, 0
+        view = memoryview(b"\n" + data if self._torn else data)
+        try:
+            while written < len(view):
+                written += os.write(self._fd, view[written:])
+            if self._regular:
+                _sync(self._fd)
+        except OSError:
+            self._torn = self._torn or (written > 0 and not self._cut_back(before))
+            raise
+        self._torn = False
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _open(self) -> None:
+        # Reading is for the last byte alone.
+        fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o600)
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = fd
+        status = os.fstat(fd)
+        self._regular = stat.S_ISREG(status.st_mode)
+        self._torn = self._regular and status.st_size > 0 and os.pread(fd, 1, status.st_size - 1) != b"\n"
+
+    def _follow_rotation(self) -> None:
+        try:
+            same = os.path.samestat(os.stat(self._path), os.fstat(self._fd))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            self._open()
+
+    def _cut_back(self, size: int) -> bool:
+        """Whether what was written of a group is gone again. Never lengthens a file that was truncated meanwhile."""
+        try:
+            if self._regular and os.fstat(self._fd).st_size > size:
+                os.ftruncate(self._fd, size)
+            return self._regular
+        except OSError:
+            return False
+
+
+class Audit:
+    """Records exchanges to `path` (made with mode 0600), and to standard output as well if `stdout`.
+
+    `on_drop(n)` is told of exchanges that will not be in the log; it is called on any thread. Raises UserError when
+    the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, stdout: bool, on_drop: Callable[[int], None]) -> None:
+        try:
+            self._file = _File(path)
+        except OSError as error:
+            words = (error.strerror or "cannot be opened").lower()
+            raise UserError(f"audit {path}: {words}; make its folder writable or set audit.file:") from None
+        self._path = path
+        self._stdout = stdout
+        self._on_drop = on_drop
+        self._queue: SimpleQueue[Exchange | None] = SimpleQueue()
+        self._closing = threading.Event()
+        self._problem = ""
+        self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
+        self._thread.start()
+
+    @property
+    def problem(self) -> str:
+        """Why exchanges are not reaching the file now; empty while they do."""
+        return self._problem or ("" if self._thread.is_alive() else "the audit log is closed")
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the last group was written and nothing was dropped since."""
+        return not self.problem
+
+    def record(self, exchange: Exchange) -> None:
+        """Queue one ended exchange, which must not change any more. Never blocks."""
+        if self._closing.is_set() or self._queue.qsize() >= QUEUE:
+            self._problem = self._problem or f"{self._path}: more than {QUEUE} exchanges wait to be written"
+            self._on_drop(1)
+        else:
+            self._queue.put(exchange)
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Write what waits, at most `timeout` seconds long; what is left then is dropped and counted."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._queue.put(None)
+        self._thread.join(timeout)
+        if self._thread.is_alive() and (left := self._queue.qsize() - 1) > 0:
+            self._on_drop(left)
+
+    def _run(self) -> None:
+        more = True
+        while more:
+            group, more = self._next_group()
+            lines = [line for exchange in group if (line := self._line(exchange))]
+            if lines:
+                self._commit(b"".join(lines), len(lines))
+        self._file.close()
+
+    def _next_group(self) -> tuple[list[Exchange], bool]:
+        """The next exchanges to write together, and whether any can follow."""
+        group: list[Exchange] = []
+        exchange = self._queue.get()
+        if exchange is not None:
+            self._closing.wait(LINGER)
+        with contextlib.suppress(Empty):
+            while exchange is not None:
+                group.append(exchange)
+                if len(group) == GROUP:
+                    return group, True
+                exchange = self._queue.get_nowait()
+            return group, False
+        return group, True
+
+    def _line(self, exchange: Exchange) -> bytes:
+        try:
+            return _encoded(_fields(exchange))
+        except Exception:  # one odd record must not end the thread that writes all the others
+            self._on_drop(1)
+            return b""
+
+    def _commit(self, data: bytes, lines: int) -> None:
+        while True:
+            last = self._closing.is_set()
+            try:
+                self._file.append(data)
+                self._problem = ""
+                break
+            except OSError as error:
+                self._problem = f"{self._path}: {(error.strerror or str(error)).lower()}"
+            if last:
+                self._on_drop(lines)
+                break
+            self._closing.wait(RETRY)
+        if self._stdout:
+            with contextlib.suppress(OSError):  # a copy; the file is the record
+                while data:
+                    data = data[os.write(_STDOUT, data) :]
+
+
+def _fields(exchange: Exchange) -> dict[str, object]:
+    """The contract's fields in its order; what is not known is null. Query values are not in `path`."""
+    agent = exchange.agent
+    time = datetime.fromtimestamp(exchange.time, UTC).isoformat(timespec="microseconds")
+    return {
+        "time": time.replace("+00:00", "Z"),  # RFC 3339 section 5.6
+        "id": exchange.id,
+        "agent": exchange.agent_id or None,
+        "labels": dict(agent.labels) if agent else {},
+        "on_behalf_of": (agent.on_behalf_of if agent else "") or None,
+        "listener": exchange.listener,
+        "identity": list(exchange.identity),
+        "client": exchange.client,
+        "method": exchange.method,
+        "scheme": exchange.scheme,
+        "host": exchange.host,
+        "port": exchange.port,
+        "path": exchange.path.partition("?")[0],
+        "verdict": exchange.verdict,
+        "reason": exchange.reason,
+        "rule": exchange.rule or None,
+        "rule_at": exchange.rule_at or None,
+        "policy": exchange.policy or None,
+        "rewritten": exchange.rewritten,
+        "injected": [
+            {"credential": i.credential, "version": i.version, "location": i.location} for i in exchange.injected
+        ],
+        "redacted": [{"credential": c, "where": w, "count": n} for (c, w), n in exchange.redacted.items()],
+        "status": exchange.status or None,
+        "request_bytes": exchange.request_bytes,
+        "response_bytes": exchange.response_bytes,
+        "duration_ms": round(exchange.duration * 1e3, 3),
+        "decision_us": round(exchange.decision_duration * 1e6, 1),
+        "upstream_ip": exchange.upstream_ip or None,
+        "trace_id": exchange.trace_id or None,
+    }
+
+
+def _encoded(fields: dict[str, object]) -> bytes:
+    """One line of ASCII: control characters, C1 included, reach no terminal.
+
+    A lone surrogate becomes U+FFFD, since strict readers refuse its escape (RFC 8259 section 8.2). Raises ValueError
+    or TypeError for what JSON cannot say.
+    """
+    text = _ascii(fields)
+    if "\\ud" in text:
+        whole = _unicode(fields).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        text = _ascii(json.loads(whole))
+    return text.encode("ascii") + b"\n"

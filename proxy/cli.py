@@ -1,0 +1,591 @@
+"""The `sallyport` command: reads arguments, calls a room, prints. Errors are one line with the next step."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from proxy import __version__
+from proxy.agent import NEVER, Agent
+from proxy.ca import load_authority
+from proxy.credential import clean_secret
+from proxy.grant import Grant
+from proxy.masterkey import load_master_key
+from proxy.outbound import placeholder_of
+from proxy.problem import Problems, UserError
+from proxy.registry import Registry
+from proxy.running import Running
+from proxy.sandboxenv import FORMATS, ca_bundle, variables, write_bundle
+from proxy.settings import Settings, load_settings, parse_duration, settings_schema
+from proxy.store import Store
+from proxy.vault import Entry, Vault
+
+type Arguments = argparse.Namespace
+type Command = Callable[[Arguments], int]
+
+OK, PROBLEMS, USAGE = 0, 1, 2
+_SETTING_FLAGS = ("listen", "admin", "rules", "certs", "state", "store", "lane")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    arguments = _parser().parse_args(argv)
+    command: Command = arguments.command
+    try:
+        return command(arguments)
+    except Problems as error:
+        print(error, file=sys.stderr)
+        return PROBLEMS
+    except UserError as error:
+        print(f"sallyport: {error}", file=sys.stderr)
+        return PROBLEMS
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `sallyport ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PROBLEMS
+
+
+def settings_of(arguments: Arguments) -> Settings:
+    """The settings as flags, environment and file give them.
+
+    Raises Problems.
+    """
+    flags = {name: value for name in _SETTING_FLAGS if (value := getattr(arguments, name, None)) is not None}
+    config = getattr(arguments, "config", None) or os.environ.get("SALLYPORT_CONFIG")
+    return load_settings(Path(config) if config else None, os.environ, flags, Path.cwd())
+
+
+def _print_json(data: object) -> None:
+    print(json.dumps(data, ensure_ascii=False))
+
+
+def _with_store[T](settings: Settings, work: Callable[[Store], Awaitable[T]]) -> T:
+    async def run() -> T:
+        async with await Store.open(settings.store.reveal(), settings.state) as store:
+            return await work(store)
+
+    return asyncio.run(run())
+
+
+# run, demo
+
+
+def _run(arguments: Arguments) -> int:
+    from proxy.runtime import Runtime
+    from proxy.server import serve  # mitmproxy takes half a second to import
+
+    settings = settings_of(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+
+    def ready(runtime: Runtime, running: Running) -> None:
+        for problem in (*runtime.rules.problems, *runtime.rules.warnings):
+            print(problem, file=sys.stderr)
+        _print_ready(settings, runtime, running)
+
+    asyncio.run(serve(settings, os.environ, ready))
+    return OK
+
+
+def _print_ready(settings: Settings, runtime: Any, running: Running) -> None:
+    policy = runtime.rules.policy
+    rules = f"{len(policy.rules)} from {settings.rules}" if policy else f"none: {settings.rules} is broken (see above)"
+    listeners = ", ".join(f"http://{address}" for address in running.listen)
+    print(
+        f"""Sallyport {__version__}
+  proxy    {listeners}
+  admin    http://{running.admin}/metrics  /healthz  /readyz  /api/status
+  CA       {settings.certs / "ca.pem"}
+  rules    {rules}
+  store    {settings.store}
+
+Next, in another shell:
+  sallyport agent add coder-1                  register a sandbox
+  eval "$(sallyport agent env coder-1)"        point this shell's clients at the proxy
+  curl https://pypi.org/simple/                goes out if a rule allows it""",
+        flush=True,
+    )
+
+
+def _demo(arguments: Arguments) -> int:
+    from proxy.demo import run_demo
+
+    return run_demo(Path(arguments.keep) if arguments.keep else None)
+
+
+# agents
+
+
+def _agent_add(arguments: Arguments) -> int:
+    settings = settings_of(arguments)
+    ttl = parse_ttl(arguments.ttl)
+    labels = pairs(arguments.label, "--label")
+
+    async def add(store: Store) -> tuple[str, Agent]:
+        registry = await _registry(settings, store)
+        token = await registry.add(arguments.id, labels, ttl, arguments.on_behalf_of or "")
+        return token, await registry.show(arguments.id)
+
+    token, agent = _with_store(settings, add)
+    _print_token(arguments, agent, token)
+    return OK
+
+
+def _agent_token(arguments: Arguments) -> int:
+    settings = settings_of(arguments)
+
+    async def renew(store: Store) -> tuple[str, Agent]:
+        registry = await _registry(settings, store)
+        return await registry.token(arguments.id), await registry.show(arguments.id)
+
+    token, agent = _with_store(settings, renew)
+    _print_token(arguments, agent, token)
+    return OK
+
+
+async def _registry(settings: Settings, store: Store) -> Registry:
+    return Registry(store, await load_master_key(settings.state, os.environ, store))
+
+
+def _print_token(arguments: Arguments, agent: Agent, token: str) -> None:
+    if arguments.json:
+        _print_json({"agent": agent.id, "token": token, "expires": shown_time(agent.expires)})
+        return
+    print(token)
+    print(
+        f'agent {agent.id}: point a shell at the proxy with eval "$(sallyport agent env {agent.id})"', file=sys.stderr
+    )
+
+
+def _agent_list(arguments: Arguments) -> int:
+    agents = _with_store(settings_of(arguments), lambda store: Registry(store).list())
+    if arguments.json:
+        _print_json([_agent_data(agent) for agent in agents])
+    elif not agents:
+        print("no agents yet: sallyport agent add ID", file=sys.stderr)
+    else:
+        rows = [
+            (agent.id, _state(agent), shown_time(agent.expires) or "never", agent.on_behalf_of, _pairs(agent.labels))
+            for agent in agents
+        ]
+        _print_table(("AGENT", "STATE", "EXPIRES", "ON BEHALF OF", "LABELS"), rows)
+    return OK
+
+
+def _agent_show(arguments: Arguments) -> int:
+    agent = _with_store(settings_of(arguments), lambda store: Registry(store).show(arguments.id))
+    data = _agent_data(agent)
+    if arguments.json:
+        _print_json(data)
+    else:
+        print("\n".join(f"{key:13} {_plain(value)}" for key, value in data.items()))
+    return OK
+
+
+def _agent_data(agent: Agent) -> dict[str, object]:
+    return {
+        "agent": agent.id,
+        "state": _state(agent),
+        "labels": dict(agent.labels),
+        "on_behalf_of": agent.on_behalf_of or None,
+        "expires": shown_time(agent.expires),
+        "kill_reason": agent.kill_reason or None,
+    }
+
+
+def _state(agent: Agent) -> str:
+    return "expired" if agent.state == "active" and agent.expired(time.time()) else str(agent.state)
+
+
+def _agent_remove(arguments: Arguments) -> int:
+    _with_store(settings_of(arguments), lambda store: Registry(store).remove(arguments.id))
+    print(f"removed agent {arguments.id}", file=sys.stderr)
+    return OK
+
+
+def _agent_kill(arguments: Arguments) -> int:
+    agent_id = _one_or_all(arguments)
+    _with_store(settings_of(arguments), lambda store: Registry(store).kill(agent_id, arguments.reason or ""))
+    print(
+        f"killed {agent_id or 'every agent'}; undo with: sallyport agent revive {agent_id or '--all'}", file=sys.stderr
+    )
+    return OK
+
+
+def _agent_revive(arguments: Arguments) -> int:
+    agent_id = _one_or_all(arguments)
+    _with_store(settings_of(arguments), lambda store: Registry(store).revive(agent_id))
+    print(f"revived {agent_id or 'every agent'}", file=sys.stderr)
+    return OK
+
+
+def _one_or_all(arguments: Arguments) -> str | None:
+    if bool(arguments.id) == arguments.all:
+        raise UserError("name one agent, or give --all")
+    agent_id: str | None = arguments.id
+    return agent_id
+
+
+def _agent_env(arguments: Arguments) -> int:
+    settings = settings_of(arguments)
+
+    async def token(store: Store) -> str:
+        registry = await _registry(settings, store)
+        return await registry.reissue(arguments.id)
+
+    authority = load_authority(settings.certs)
+    bundle = arguments.ca or str(write_bundle(settings.certs, authority.pem))
+    proxy = arguments.proxy or Running.read(settings).reachable
+    values = variables(arguments.id, _with_store(settings, token), proxy, bundle)
+    if arguments.json:
+        _print_json(values)
+    else:
+        print(FORMATS[arguments.format](values))
+    return OK
+
+
+# vault
+
+
+def _vault[T](arguments: Arguments, work: Callable[[Vault], Awaitable[T]]) -> T:
+    settings = settings_of(arguments)
+
+    async def run(store: Store) -> T:
+        master = await load_master_key(settings.state, os.environ, store)
+        return await work(Vault(store, master, settings.state, settings.vault.lease))
+
+    return _with_store(settings, run)
+
+
+def _vault_put(arguments: Arguments) -> int:
+    try:
+        grant = Grant.parse(
+            hosts=arguments.host,
+            methods=arguments.method,
+            paths=arguments.path,
+            agents=arguments.agent,
+            expires=parse_expires(arguments.expires),
+        )
+    except ValueError as error:
+        raise UserError("; ".join(str(word) for word in error.args if word)) from None
+    fields = pairs(arguments.field, "--field")
+    secret, notes = clean_secret(_read_secret(arguments), arguments.kind)
+    version = _vault(arguments, lambda vault: vault.put(arguments.name, arguments.kind, fields, secret, grant))
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    if arguments.kind == "placeholder" and not arguments.json:
+        print(
+            f"the agent writes {placeholder_of(arguments.name, fields)} where the secret shall stand", file=sys.stderr
+        )
+    return _print_version(arguments, version, "sealed")
+
+
+def _vault_rotate(arguments: Arguments) -> int:
+    data = _read_secret(arguments)
+
+    async def rotate(vault: Vault) -> int:
+        entry = await vault.show(arguments.name)
+        secret, notes = clean_secret(data, entry.kind)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        return await vault.rotate(arguments.name, secret)
+
+    return _print_version(arguments, _vault(arguments, rotate), "rotated")
+
+
+def _print_version(arguments: Arguments, version: int, done: str) -> int:
+    if arguments.json:
+        _print_json({"credential": arguments.name, "version": version})
+    else:
+        print(f"{done} {arguments.name} version {version}", file=sys.stderr)
+    return OK
+
+
+def _vault_list(arguments: Arguments) -> int:
+    entries = _vault(arguments, lambda vault: vault.list())
+    if arguments.json:
+        _print_json([_entry_data(entry) for entry in entries])
+    elif not entries:
+        print("the vault is empty: sallyport vault put NAME --host HOST < secret-file", file=sys.stderr)
+    else:
+        rows = [
+            (entry.name, str(entry.version), entry.kind, ", ".join(entry.grant.hosts) if entry.grant else entry.problem)
+            for entry in entries
+        ]
+        _print_table(("CREDENTIAL", "VERSION", "KIND", "HOSTS"), rows)
+    return OK
+
+
+def _vault_show(arguments: Arguments) -> int:
+    data = _entry_data(_vault(arguments, lambda vault: vault.show(arguments.name)))
+    if arguments.json:
+        _print_json(data)
+    else:
+        print("\n".join(f"{key:12} {_plain(value)}" for key, value in data.items()))
+    return OK
+
+
+def _entry_data(entry: Entry) -> dict[str, object]:
+    if entry.problem:
+        return {"credential": entry.name, "problem": entry.problem}
+    data: dict[str, object] = {
+        "credential": entry.name,
+        "version": entry.version,
+        "kind": entry.kind,
+        "fields": dict(entry.fields),
+        "created": shown_time(entry.created),
+        "rotated": shown_time(entry.rotated) if entry.rotated else None,
+    }
+    if entry.grant:
+        data |= entry.grant.canonical() | {"expires": shown_time(entry.grant.expires)}
+    if entry.kind == "placeholder":
+        data["placeholder"] = placeholder_of(entry.name, entry.fields)
+    return data
+
+
+def _vault_remove(arguments: Arguments) -> int:
+    _vault(arguments, lambda vault: vault.remove(arguments.name))
+    print(f"removed credential {arguments.name}", file=sys.stderr)
+    return OK
+
+
+def _read_secret(arguments: Arguments) -> bytes:
+    if arguments.from_env:
+        if arguments.from_env not in os.environ:
+            raise UserError(f"--from-env: there is no variable {arguments.from_env}")
+        return os.fsencode(os.environ[arguments.from_env])
+    if arguments.from_file:
+        try:
+            return Path(arguments.from_file).read_bytes()
+        except OSError as error:
+            raise UserError(f"--from-file {arguments.from_file}: {(error.strerror or '').lower()}") from None
+    if sys.stdin.isatty():
+        import getpass
+
+        return getpass.getpass("secret (not shown): ").encode()
+    return sys.stdin.buffer.read()
+
+
+# ca, schema
+
+
+def _ca_export(arguments: Arguments) -> int:
+    pem = load_authority(settings_of(arguments).certs).pem
+    sys.stdout.buffer.write(ca_bundle(pem) if arguments.bundle else pem)
+    return OK
+
+
+def _schema(arguments: Arguments) -> int:
+    from proxy.rulefile import rules_schema
+
+    print(json.dumps(rules_schema() if arguments.what == "rules" else settings_schema(), indent=2))
+    return OK
+
+
+# check, test, explain
+
+
+def _check(arguments: Arguments) -> int:
+    from proxy.check import check
+
+    return check(lambda: settings_of(arguments), [Path(path) for path in arguments.paths])
+
+
+def _test(arguments: Arguments) -> int:
+    from proxy.check import run_tests
+
+    return run_tests(lambda: settings_of(arguments).rules, [Path(path) for path in arguments.paths])
+
+
+def _explain(arguments: Arguments) -> int:
+    from proxy.check import explain_request
+
+    return explain_request(settings_of(arguments), arguments)
+
+
+# Words
+
+
+def pairs(texts: Sequence[str], flag: str) -> dict[str, str]:
+    """`k=v` arguments as a mapping.
+
+    Raises UserError.
+    """
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise UserError(f'{flag} {text!r}: write it as "key=value"')
+        found[key] = value
+    return found
+
+
+def parse_ttl(text: str | None) -> float | None:
+    """Seconds an agent lives from now on.
+
+    Raises UserError.
+    """
+    if text is None:
+        return None
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise UserError(f"--ttl {text!r}: {error.args[-1]}") from None
+
+
+def parse_expires(text: str | None) -> float:
+    """Unix seconds from an RFC 3339 time, a date, or a duration from now.
+
+    Raises UserError.
+    """
+    if text is None:
+        return NEVER
+    try:
+        return time.time() + parse_duration(text)
+    except ValueError:
+        pass
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise UserError(f'--expires {text!r}: write "90d", "2027-01-31" or "2027-01-31T12:00:00Z"') from None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def shown_time(seconds: float) -> str | None:
+    """RFC 3339 in UTC; None for never."""
+    if seconds == NEVER:
+        return None
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _pairs(values: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in values.items())
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return _pairs(value) or "-"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "any"
+    return "-" if value is None else str(value)
+
+
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+# Arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--config", metavar="FILE", help="settings file (default: sallyport.yaml if it is there)")
+    for name in _SETTING_FLAGS:
+        common.add_argument(f"--{name}", metavar=name.upper(), help=argparse.SUPPRESS)
+    json_flag = argparse.ArgumentParser(add_help=False)
+    json_flag.add_argument("--json", action="store_true", help="print data as JSON")
+
+    parser = argparse.ArgumentParser(
+        prog="sallyport", description="The zero-trust egress proxy for AI-agent sandboxes.", parents=[common]
+    )
+    parser.add_argument("--version", action="version", version=f"sallyport {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def verb(parent: Any, name: str, command: Command, text: str, *, data: bool = False) -> argparse.ArgumentParser:
+        parents = [common, json_flag] if data else [common]
+        added: argparse.ArgumentParser = parent.add_parser(name, parents=parents, help=text, description=text)
+        added.set_defaults(command=command)
+        return added
+
+    demo = verb(verbs, "demo", _demo, "tell the whole story in a minute, offline")
+    demo.add_argument("--keep", metavar="DIR", help="keep the demo's files in DIR")
+    verb(verbs, "run", _run, "start the proxy in the foreground")
+    check = verb(verbs, "check", _check, "validate settings and rules")
+    check.add_argument(
+        "paths", nargs="*", metavar="PATH", help="rule files or folders (default: those of the settings)"
+    )
+    test = verb(verbs, "test", _test, "run the *.test.yaml files next to the rules")
+    test.add_argument("paths", nargs="*", metavar="PATH")
+    explain = verb(verbs, "explain", _explain, "show which rule decides a request, and why", data=True)
+    explain.add_argument("--agent", required=True, metavar="ID")
+    explain.add_argument("--label", action="append", default=[], metavar="K=V", help="labels of an unregistered agent")
+    explain.add_argument("method", metavar="METHOD")
+    explain.add_argument("url", metavar="URL")
+    explain.add_argument("-H", "--header", action="append", default=[], metavar="'K: V'")
+    explain.add_argument("--data", metavar="D|@FILE", help="the request's body")
+
+    _agent_parser(verbs, verb)
+    _vault_parser(verbs, verb)
+
+    ca = verbs.add_parser("ca", help="the CA certificate").add_subparsers(required=True, metavar="COMMAND")
+    export = verb(ca, "export", _ca_export, "print the CA certificate")
+    export.add_argument("--bundle", action="store_true", help="merged with the system's roots")
+    schema = verb(verbs, "schema", _schema, "print a JSON Schema for editors")
+    schema.add_argument("what", choices=("rules", "settings"))
+    return parser
+
+
+def _agent_parser(verbs: Any, verb: Callable[..., argparse.ArgumentParser]) -> None:
+    agent = verbs.add_parser("agent", help="register, show and stop agents").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    add = verb(agent, "add", _agent_add, "register an agent; prints its token once", data=True)
+    add.add_argument("id", metavar="ID")
+    add.add_argument("--label", action="append", default=[], metavar="K=V")
+    add.add_argument("--ttl", metavar="8h", help="how long it may act")
+    add.add_argument("--on-behalf-of", metavar="USER")
+    verb(agent, "list", _agent_list, "list the agents", data=True)
+    for name, command, text in (
+        ("show", _agent_show, "show one agent"),
+        ("token", _agent_token, "issue a new token and end the old one"),
+        ("remove", _agent_remove, "forget an agent"),
+    ):
+        verb(agent, name, command, text, data=True).add_argument("id", metavar="ID")
+    env = verb(agent, "env", _agent_env, "print everything a sandbox must export", data=True)
+    env.add_argument("id", metavar="ID")
+    env.add_argument("--format", choices=tuple(FORMATS), default="sh")
+    env.add_argument("--proxy", metavar="HOST:PORT", help="where the sandbox reaches the proxy (default: the listener)")
+    env.add_argument("--ca", metavar="PATH", help="where the CA bundle lies in the sandbox (default: its path here)")
+    kill = verb(agent, "kill", _agent_kill, "refuse all requests of an agent, or of all")
+    kill.add_argument("--reason", metavar="TEXT")
+    revive = verb(agent, "revive", _agent_revive, "undo kill")
+    for switch in (kill, revive):
+        switch.add_argument("id", nargs="?", metavar="ID")
+        switch.add_argument("--all", action="store_true")
+
+
+def _vault_parser(verbs: Any, verb: Callable[..., argparse.ArgumentParser]) -> None:
+    vault = verbs.add_parser("vault", help="seal, list and rotate credentials").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    put = verb(vault, "put", _vault_put, "seal a credential; the secret comes from standard input", data=True)
+    put.add_argument("name", metavar="NAME")
+    put.add_argument(
+        "--kind", default="static", metavar="K", help="static (default), bearer, basic, header, query, ..."
+    )
+    put.add_argument("--field", action="append", default=[], metavar="K=V")
+    put.add_argument("--host", action="append", default=[], metavar="HOST", help="where it may be sent (at least one)")
+    put.add_argument("--method", action="append", default=[], metavar="M")
+    put.add_argument("--path", action="append", default=[], metavar="P")
+    put.add_argument("--agent", action="append", default=[], metavar="A")
+    put.add_argument("--expires", metavar="T", help='"90d" or "2027-01-31"')
+    rotate = verb(vault, "rotate", _vault_rotate, "seal a new secret under an old name and grant", data=True)
+    rotate.add_argument("name", metavar="NAME")
+    for command in (put, rotate):
+        source = command.add_mutually_exclusive_group()
+        source.add_argument("--from-env", metavar="VAR")
+        source.add_argument("--from-file", metavar="FILE")
+    verb(vault, "list", _vault_list, "list the credentials, never a secret", data=True)
+    verb(vault, "show", _vault_show, "show one credential, never its secret", data=True).add_argument("name")
+    verb(vault, "remove", _vault_remove, "remove a credential", data=True).add_argument("name", metavar="NAME")

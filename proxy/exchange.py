@@ -1,0 +1,62 @@
+"""What happened to one request, gathered while it happens and recorded once, last. No behaviour beyond reading."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from proxy.agent import Agent
+from proxy.reason import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Injected:
+    """One credential that was added; `location` is such as `header:authorization` or `query:key`."""
+
+    credential: str
+    version: int
+    location: str
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request and its answer. Times are Unix seconds, durations seconds, sizes bytes."""
+
+    id: str
+    time: float
+    listener: str
+    client: str
+    agent: Agent | None = None
+    identity: Sequence[str] = ()
+    method: str = ""
+    scheme: str = ""
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    allowed: bool = False
+    reason: Reason = Reason.INTERNAL
+    rule: str = ""
+    rule_at: str = ""
+    policy: str = ""
+    rewritten: bool = False
+    injected: list[Injected] = field(default_factory=list)
+    redacted: Counter[tuple[str, str]] = field(default_factory=Counter)  # (credential, header|body|...) -> times
+    status: int = 0
+    request_bytes: int = 0
+    response_bytes: int = 0
+    duration: float = 0.0
+    decision_duration: float = 0.0
+    upstream_duration: float | None = None  # to the first byte; None: no upstream was asked
+    upstream_ip: str = ""
+    trace_id: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """`allow` or `block`, as metrics, audit and refusals spell it."""
+        return "allow" if self.allowed else "block"
+
+    @property
+    def agent_id(self) -> str:
+        """The agent's id, or an empty string where nobody was identified."""
+        return self.agent.id if self.agent else ""

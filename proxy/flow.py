@@ -1,0 +1,252 @@
+"""The only translator between mitmproxy's HTTPFlow and our own words."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mitmproxy import http
+from mitmproxy.net.http import http1
+
+from proxy.address import Host, parse_authority
+from proxy.coding import narrow_accept_encoding
+from proxy.exchange import Exchange, Injected
+from proxy.outbound import Opened, edit_headers, forwarded_headers
+from proxy.policy import Answer, Edit
+from proxy.reason import Reason
+from proxy.redact import BodyRedactor, Replacer, ReplacerStream
+from proxy.request import DEFAULT_PORTS, Ambiguous, Field, RequestView, strip_headers
+from proxy.upstream import Refused
+
+STATE = "sallyport"
+SESSION_HEADERS = frozenset({b"accept-encoding", b"range", b"if-range"})
+
+
+@dataclass(frozen=True, slots=True)
+class Tunnel:
+    """What an accepted CONNECT fixed for every request inside it."""
+
+    host: Host
+    port: int
+    agent_id: str
+    proofs: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class FlowState:
+    """Everything of ours that a flow carries, at the metadata key `STATE`."""
+
+    scheme: str = ""  # of the request line, before mitmproxy replaced it
+    authority: str = ""
+    exchange: Exchange | None = None
+    view: RequestView | None = None
+    decided: bool = False
+    answered: bool = False  # by us: there is no upstream
+    placeholders: Replacer | None = None
+    body_credentials: tuple[Opened, ...] = ()
+    redactor: Replacer | None = None
+    response_edits: tuple[Edit, ...] = ()
+    sent_at: float = 0.0
+    recorded: bool = False
+    request_stream: ReplacerStream | None = None
+    response_body: BodyRedactor | None = None
+    failure: Reason | None = None
+    close: bool = False  # the client wants the connection closed (RFC 9112 section 9.6)
+    http10: bool = False
+
+
+def state_of(flow: http.HTTPFlow) -> FlowState:
+    """The flow's state, made when first asked for."""
+    state = flow.metadata.get(STATE)
+    if not isinstance(state, FlowState):
+        state = flow.metadata[STATE] = FlowState()
+    return state
+
+
+def view_of(flow: http.HTTPFlow, tunnel: Tunnel | None) -> RequestView:
+    """The request as it is matched: the tunnel or the absolute target says where to, all else must agree.
+
+    Raises Ambiguous and Refused.
+    """
+    state, data = state_of(flow), flow.request.data
+    if tunnel:
+        scheme, host, port = "https", tunnel.host, tunnel.port
+        if state.authority:
+            _agree(state.authority, scheme, host, port)
+    else:
+        scheme = state.scheme
+        if not state.authority:
+            raise Ambiguous("a proxy needs the whole URL in the request line")
+        if scheme not in DEFAULT_PORTS:
+            raise Refused(Reason.PROTOCOL_NOT_ALLOWED, "Only http and https URLs are forwarded.")
+        host, port = _authority(state.authority, scheme)
+    headers = data.headers.fields
+    state.http10 = data.http_version == b"HTTP/1.0"
+    state.close = _closes(data.http_version, data.headers) and not flow.request.is_http2
+    hosts = [value for name, value in headers if name.lower() == b"host"]
+    if tunnel and not hosts and data.http_version == b"HTTP/1.1":
+        raise Ambiguous("it has no Host header")
+    for value in hosts:
+        _agree(value.decode("latin-1"), scheme, host, port)
+    return RequestView.parse(data.method.decode("latin-1"), scheme, host, port, data.path.decode("latin-1"), headers)
+
+
+def _authority(text: str, scheme: str) -> tuple[Host, int]:
+    has_port = text.rpartition(":")[2].isdigit() and not text.endswith("]")
+    try:
+        return parse_authority(text if has_port else f"{text.removesuffix(':')}:{DEFAULT_PORTS[scheme]}")
+    except ValueError:
+        raise Ambiguous("its authority is not a host and port") from None
+
+
+def _agree(text: str, scheme: str, host: Host, port: int) -> None:
+    if _authority(text.strip(), scheme) != (host, port):
+        raise Refused(Reason.AUTHORITY_MISMATCH)
+
+
+def _closes(version: str | bytes, headers: http.Headers) -> bool:
+    return bool(http1.connection_close(version, headers))  # type: ignore[no-untyped-call]
+
+
+def proxy_authorization(flow: http.HTTPFlow) -> list[str]:
+    """Every value of the header that names the agent."""
+    return [
+        value.decode("latin-1")
+        for name, value in flow.request.data.headers.fields
+        if name.lower() == b"proxy-authorization"
+    ]
+
+
+def write_request(flow: http.HTTPFlow, view: RequestView, *, scanned: bool) -> None:
+    """Make `flow` send `view` and nothing else. `scanned`: its response must be readable for redaction."""
+    data = flow.request.data
+    headers: list[Field] = forwarded_headers(view.headers, websocket=view.upgrade == "websocket")
+    headers = strip_headers(headers, frozenset({b"host"}))
+    if scanned:
+        accepted = [value.decode("latin-1") for name, value in headers if name.lower() == b"accept-encoding"]
+        headers = strip_headers(headers, SESSION_HEADERS)  # a part of a body could be half a secret
+        headers.append((b"Accept-Encoding", narrow_accept_encoding(accepted).encode()))
+    authority = view.authority.encode()
+    data.method, data.scheme = view.method.encode("latin-1"), view.scheme.encode()
+    data.host, data.port = view.host.name, view.port
+    data.path = view.path_and_query.encode("latin-1")
+    if flow.request.is_http2:
+        data.authority = authority
+    else:
+        data.authority = b""
+        data.http_version = b"HTTP/1.1"
+        headers.insert(0, (b"Host", authority))
+    data.headers = http.Headers(headers)
+
+
+def note_body_injections(state: FlowState, found: Counter[str]) -> None:
+    """Put on record which credentials replaced a placeholder in the body."""
+    assert state.exchange
+    state.exchange.injected += [
+        Injected(opened.name, opened.version, "placeholder:body")
+        for opened in state.body_credentials
+        if found[opened.name]
+    ]
+
+
+def refusal(refused: Refused, exchange: Exchange, view: RequestView | None, *, http2: bool = False) -> http.Response:
+    """The answer to a request that does not go out (contract section 6)."""
+    reason = refused.reason
+    words = {
+        "agent": exchange.agent_id or "An unknown agent",
+        "method": view.method if view else exchange.method,
+        "target": view.target if view else exchange.host,
+        "detail": refused.detail,
+    }
+    error = {
+        "code": str(reason),
+        "message": reason.message.format_map(words),
+        "agent": exchange.agent_id or None,
+        "rule": refused.rule.name if refused.rule else None,
+        "request_id": exchange.id,
+        "hint": reason.hint,
+    }
+    body = json.dumps({"error": error}).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"sallyport-decision", f"{exchange.verdict}; reason={reason}; id={exchange.id}".encode()),
+    ]
+    if reason.status == 407:
+        headers.append((b"proxy-authenticate", b'Basic realm="sallyport"'))
+    if reason in (Reason.CREDENTIAL_UNAVAILABLE, Reason.POLICY_UNAVAILABLE, Reason.STORE_UNAVAILABLE):
+        headers.append((b"retry-after", b"5"))
+    return _response(reason.status, headers, body)
+
+
+def answer(given: Answer) -> http.Response:
+    """What a rule answers itself."""
+    body = given.body.encode()
+    headers = edit_headers([], Edit(set=given.headers))
+    headers = strip_headers(headers, frozenset({b"content-length", b"transfer-encoding", b"connection"}))
+    return _response(given.status, [*headers, (b"content-length", str(len(body)).encode())], body)
+
+
+def _response(status: int, headers: Iterable[Field], body: bytes) -> http.Response:
+    return http.Response.make(status, body, http.Headers(list(headers)))
+
+
+def clean_response_headers(flow: http.HTTPFlow, edits: Iterable[Edit], redactor: Replacer | None) -> None:
+    """Strip what is ours or of one hop, apply the rule's edits, redact values."""
+    assert flow.response
+    state, exchange = state_of(flow), state_of(flow).exchange
+    close = state.close or _closes(flow.response.http_version, flow.response.headers)
+    drop = {
+        b"connection",
+        b"proxy-authenticate",
+        b"proxy-connection",
+        b"keep-alive",
+        b"proxy-authorization",
+        b"alt-svc",
+    }
+    fields = [
+        (name, b" ".join(value.split(b"\r\n")).replace(b"\n", b" ").replace(b"\r", b" "))
+        for name, value in flow.response.headers.fields
+        if name.lower() not in drop and not name.lower().startswith(b"sallyport-")
+    ]
+    for edit in edits:
+        fields = edit_headers(fields, edit)
+    if close and not flow.request.is_http2 and flow.response.status_code != 101:
+        fields.append((b"Connection", b"close"))
+    elif flow.response.status_code == 101:
+        fields.append((b"Connection", b"Upgrade"))
+    if redactor:
+        fields = [(name, _redacted(value, redactor, exchange)) for name, value in fields]
+        flow.response.data.reason = _redacted(flow.response.data.reason, redactor, exchange)
+    flow.response.data.headers = http.Headers(fields)
+
+
+def _redacted(value: bytes, redactor: Replacer, exchange: Exchange | None) -> bytes:
+    value, found = redactor.replace(value)
+    if exchange:
+        for credential, times in found.items():
+            exchange.redacted[credential, "header"] += times
+    return value
+
+
+def body_redactor(flow: http.HTTPFlow, redactor: Replacer) -> BodyRedactor | None:
+    """What makes a streamed body safe; the head is changed to fit. None where there is no body.
+
+    Raises Undecodable.
+    """
+    response = flow.response
+    assert response
+    if flow.request.method == "HEAD" or response.status_code in (101, 204, 304):
+        return None
+    fields = response.headers
+    body = BodyRedactor(redactor, ",".join(fields.get_all("content-encoding")))
+    for name in ("content-encoding", "content-length", "content-md5", "digest", "accept-ranges"):
+        fields.pop(name, None)
+    if state_of(flow).http10:
+        fields["connection"] = "close"
+        fields.pop("transfer-encoding", None)
+    elif not flow.request.is_http2:
+        fields["transfer-encoding"] = "chunked"
+    return body

@@ -1,0 +1,70 @@
+"""What is done with a request before a credential is added: decided, rewritten, decided again. Pure, and shared by the
+proxy, `sallyport test` and `sallyport explain`, so that they cannot differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from proxy.agent import Agent
+from proxy.outbound import rewrite
+from proxy.policy import Answer, Decision, Policy, Rule, decide
+from proxy.reason import Reason
+from proxy.request import Ambiguous, RequestView
+
+MAX_REWRITES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The outcome. `views` are the request as it was decided each time, the last one as it would be sent; `rules` are
+    those whose obligations hold, in the order they applied."""
+
+    decision: Decision
+    views: tuple[RequestView, ...]
+    rules: tuple[Rule, ...] = ()
+
+    @property
+    def view(self) -> RequestView:
+        """The request as it would be sent."""
+        return self.views[-1]
+
+    @property
+    def rule(self) -> Rule | None:
+        """The rule to record: the one that decided, else the first that was met on the way."""
+        return self.decision.rule or (self.rules[0] if self.rules else None)
+
+    @property
+    def answer(self) -> Answer | None:
+        """What is answered without any upstream."""
+        return next((rule.respond for rule in self.rules if rule.respond), None)
+
+
+def make_plan(policy: Policy, agent: Agent, view: RequestView) -> Plan:
+    """Decide `view` and follow the rewrites of the rules that allow it.
+
+    A new destination is decided as a new request. A changed path, query or header is still the rule's own, unless a
+    block rule forbids it.
+    """
+    views, rules = [view], list[Rule]()
+    first: Decision | None = None
+    while True:
+        decision = decide(policy, agent, view)
+        rule = decision.rule
+        if not decision.allowed or rule is None:
+            return Plan(decision, tuple(views), tuple(rules))
+        first = first or decision
+        if any(rule is met for met in rules):
+            return Plan(first, tuple(views), tuple(rules))
+        rules.append(rule)
+        if rule.rewrite is None or rule.respond:
+            return Plan(first, tuple(views), tuple(rules))
+        if len(rules) > MAX_REWRITES:
+            return Plan(Decision(reason=Reason.NO_RULE), tuple(views), tuple(rules))
+        try:
+            view = rewrite(view, rule.rewrite)
+        except Ambiguous as error:
+            return Plan(Decision(reason=Reason.AMBIGUOUS_REQUEST, detail=str(error)), tuple(views), tuple(rules))
+        views.append(view)
+        if not rule.rewrite.destination:
+            again = decide(policy, agent, view)
+            return Plan(again if again.reason is Reason.BLOCKED else first, tuple(views), tuple(rules))

@@ -1,0 +1,234 @@
+"""The decision: (Policy, Agent, RequestView) -> Decision, pure and total. No YAML, no I/O, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import re2
+
+from proxy.address import Host, HostPattern
+from proxy.agent import Agent, AgentState
+from proxy.pattern import Glob, any_glob
+from proxy.reason import Reason
+from proxy.request import DEFAULT_PORTS, RequestView
+
+NEVER_FORWARDED = frozenset({"TRACE", "CONNECT"})  # TRACE would echo an injected credential (RFC 9110 section 9.3.8)
+
+
+class Verdict(StrEnum):
+    """What is decided; the zero value refuses."""
+
+    BLOCK = "block"
+    ALLOW = "allow"
+
+
+@dataclass(frozen=True, slots=True)
+class AgentMatch:
+    """Which agents a rule is for: an id that fits one of `ids`, or every label in `labels`. Neither: every agent."""
+
+    ids: tuple[Glob, ...] = ()
+    labels: tuple[tuple[str, tuple[Glob, ...]], ...] = ()
+
+    def matches(self, agent: Agent) -> bool:
+        """Whether the rule is for `agent`."""
+        return any_glob(self.ids, agent.id) and all(
+            key in agent.labels and any_glob(globs, agent.labels[key]) for key, globs in self.labels
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The conditions of a rule; an empty one is met by anything. `own_port`: the port must be the scheme's own."""
+
+    hosts: tuple[HostPattern, ...] = ()
+    ports: frozenset[int] = frozenset()
+    own_port: bool = False
+    schemes: frozenset[str] = frozenset()
+    methods: frozenset[str] = frozenset()
+    websocket: bool = False
+    paths: tuple[Glob, ...] = ()
+    path_regex: re2._Regexp | None = None
+    query: tuple[tuple[str, tuple[Glob, ...]], ...] = ()
+    headers: tuple[tuple[str, tuple[Glob, ...]], ...] = ()
+
+    def port_matches(self, view: RequestView) -> bool:
+        """Whether the port condition is met."""
+        if self.own_port and view.port != DEFAULT_PORTS.get(view.scheme):
+            return False
+        return not self.ports or view.port in self.ports
+
+    def path_matches(self, path: str) -> bool:
+        """Whether one reading of a path meets the path conditions."""
+        return any_glob(self.paths, path) and (self.path_regex is None or self.path_regex.search(path) is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """Values to set and names to remove, of headers or query parameters."""
+
+    set: Mapping[str, str] = field(default_factory=dict)
+    remove: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.set or self.remove)
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """What is changed before the request is sent; None leaves a part as it is."""
+
+    host: Host | None = None
+    port: int | None = None
+    path_regex: re2._Regexp | None = None
+    path_to: str = ""
+    query: Edit = Edit()
+    headers: Edit = Edit()
+
+    @property
+    def destination(self) -> bool:
+        """Whether another server than the one asked for gets the request."""
+        return self.host is not None or self.port is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Injection:
+    """Which credential is added and how; an empty `kind` leaves that to the credential."""
+
+    credential: str
+    kind: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+    places: tuple[str, ...] = ()
+    line: int = 0
+    column: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a rule answers itself, without any upstream."""
+
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule as it was loaded; `at` is `file:line`. What it asks for beyond the verdict are its obligations."""
+
+    name: str
+    at: str
+    action: Verdict = Verdict.BLOCK
+    agents: tuple[AgentMatch, ...] = ()
+    match: Match = Match()
+    rewrite: Rewrite | None = None
+    inject: tuple[Injection, ...] = ()
+    response_headers: Edit = Edit()
+    respond: Answer | None = None
+    private: bool = False
+
+    def mismatch(self, agent: Agent, view: RequestView) -> str:
+        """The first condition that is not met, or an empty text.
+
+        Where a request has several readings or values, an allow rule must match every one and a block rule any.
+        """
+        match = self.match
+        if match.hosts and not any(pattern.matches(view.host) for pattern in match.hosts):
+            return "host"
+        if match.schemes and view.scheme not in match.schemes:
+            return "scheme"
+        if not match.port_matches(view):
+            return "port"
+        if self.agents and not any(agents.matches(agent) for agents in self.agents):
+            return "agents"
+        if match.methods and view.method not in match.methods:
+            return "method"
+        every = all if self.action is Verdict.ALLOW else any
+        if (match.paths or match.path_regex) and not every(match.path_matches(path) for path in view.readings):
+            return "path"
+        for name, globs in match.query:
+            values = view.query_values(name)
+            if not values or not every(any_glob(globs, value) for value in values):
+                return "query"
+        for name, globs in match.headers:
+            values = view.header_values(name)
+            if not values or not every(any_glob(globs, value) for value in values):
+                return "headers"
+        if self.action is Verdict.BLOCK:
+            return "websocket" if match.websocket and view.upgrade != "websocket" else ""
+        return "websocket" if view.upgrade and not (match.websocket and view.upgrade == "websocket") else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The verdict, why, and the rule that decided. As made, without arguments, it refuses."""
+
+    verdict: Verdict = Verdict.BLOCK
+    reason: Reason = Reason.INTERNAL
+    rule: Rule | None = None
+    detail: str = ""
+
+    @property
+    def allowed(self) -> bool:
+        """Whether the request may go out."""
+        return self.verdict is Verdict.ALLOW
+
+
+class Policy:
+    """An immutable set of rules, indexed by host so that only rules which may name a host are asked about it."""
+
+    __slots__ = ("_anywhere", "_below", "_exact", "_under", "digest", "rules", "tls_ports")
+
+    def __init__(self, rules: Iterable[Rule], digest: str = "") -> None:
+        self.rules = tuple(rules)
+        self.digest = digest
+        self.tls_ports = frozenset({DEFAULT_PORTS["https"]}).union(
+            *(rule.match.ports for rule in self.rules if "https" in rule.match.schemes)
+        )
+        self._exact: dict[str, list[int]] = {}
+        self._under: dict[str, list[int]] = {}  # one label below
+        self._below: dict[str, list[int]] = {}  # any depth below
+        self._anywhere: list[int] = []
+        for number, rule in enumerate(self.rules):
+            for pattern in rule.match.hosts or (HostPattern("", 2),):
+                if not pattern.name:
+                    self._anywhere.append(number)
+                else:
+                    index = (self._exact, self._under, self._below)[pattern.depth]
+                    index.setdefault(pattern.name, []).append(number)
+
+    def candidates(self, host: Host) -> Iterator[Rule]:
+        """The rules that may name `host`, in order."""
+        numbers = set(self._anywhere)
+        numbers.update(self._exact.get(host.name, ()))
+        _, _, parent = host.name.partition(".")
+        numbers.update(self._under.get(parent, ()))
+        while parent:
+            numbers.update(self._below.get(parent, ()))
+            _, _, parent = parent.partition(".")
+        return (self.rules[number] for number in sorted(numbers))
+
+
+def decide(policy: Policy, agent: Agent, view: RequestView) -> Decision:
+    """Decide one request: a matching block rule always wins, else the first allow rule that matches, else blocked."""
+    if agent.state is not AgentState.ACTIVE:
+        return Decision(reason=Reason.AGENT_KILLED)
+    if view.method in NEVER_FORWARDED:
+        return Decision(reason=Reason.PROTOCOL_NOT_ALLOWED, detail=f"{view.method} is never forwarded.")
+    allowed, upgrade_refused = None, False
+    for rule in policy.candidates(view.host):
+        if rule.action is Verdict.ALLOW and allowed:
+            continue
+        missing = rule.mismatch(agent, view)
+        if missing:
+            upgrade_refused |= missing == "websocket" and rule.action is Verdict.ALLOW
+        elif rule.action is Verdict.BLOCK:
+            return Decision(reason=Reason.BLOCKED, rule=rule)
+        else:
+            allowed = rule
+    if allowed:
+        return Decision(Verdict.ALLOW, Reason.ALLOWED, allowed)
+    if upgrade_refused:
+        return Decision(reason=Reason.PROTOCOL_NOT_ALLOWED, detail=f"No rule allows an upgrade to {view.upgrade}.")
+    return Decision(reason=Reason.NO_RULE)

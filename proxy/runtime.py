@@ -1,0 +1,166 @@
+"""One proxy process put together from its settings: every room that a request passes, without a wire."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from proxy import __version__
+from proxy.admin import Admin, Status
+from proxy.audit import Audit
+from proxy.ca import load_authority
+from proxy.exchange import Exchange
+from proxy.files import own_dir
+from proxy.follow import Follower
+from proxy.gateway import Gateway
+from proxy.identity import Identity
+from proxy.masterkey import load_master_key
+from proxy.metrics import Metrics
+from proxy.problem import UserError
+from proxy.registry import TABLE as AGENTS
+from proxy.registry import Registry
+from proxy.settings import Settings
+from proxy.snapshot import Rules
+from proxy.store import Store, StoreUnavailable
+from proxy.tls import ClientTls, UpstreamTls
+from proxy.upstream import Upstream
+from proxy.records import TABLE as CREDENTIALS
+from proxy.vault import Lease, Vault
+
+RETRY = 1.0  # seconds between attempts to open the vault while the store is down
+
+_log = logging.getLogger("sallyport")
+
+
+class Runtime:
+    """Made by `start`, ended by `stop`. `own` are the addresses that must never be an upstream."""
+
+    def __init__(self, settings: Settings, store: Store, environment: Mapping[str, str]) -> None:
+        self.settings = settings
+        self.clock: Callable[[], float] = time.time
+        self.own: set[tuple[str, int]] = set()
+        self.vault: Vault | None = None
+        self.started = time.monotonic()
+        self._store = store
+        self._environment = environment
+        self._tasks: list[asyncio.Task[None]] = []
+        self.metrics = Metrics()
+        self.authority = load_authority(settings.certs)
+        self.authority.on_mint = self.metrics.certificate_minted
+        self.client_tls = ClientTls(self.authority)
+        self.upstream_tls = UpstreamTls(settings.upstream.trust)
+        self.registry = Registry(store)
+        self.follower = Follower(store)
+        self.follower.subscribe(AGENTS, self.registry.apply_changes)
+        self.rules = Rules(settings.rules, self.metrics.reloaded)
+        self.gateway = Gateway(lambda: self.rules.policy, self.clock)
+        self.identity = Identity(self.registry, token=settings.identity.token, networks=settings.identity.networks)
+        self.upstream = Upstream(
+            connect_to=settings.upstream.connect_to,
+            nameservers=settings.upstream.nameservers,
+            allow_addresses=settings.upstream.allow_addresses,
+            own=lambda: self.own,
+        )
+        self.audit = Audit(settings.audit.file or Path(os.devnull), settings.audit.stdout, self.metrics.audit_dropped)
+        self.metrics.watch(self.registry.counts, lambda: self.follower.up)
+
+    @classmethod
+    async def start(cls, settings: Settings, environment: Mapping[str, str]) -> Runtime:
+        """A runtime with its rules, agents and vault loaded, as far as store and rules allow.
+
+        Raises UserError.
+        """
+        own_dir(settings.state)
+        store = await Store.open(settings.store.reveal(), settings.state, wait=False)
+        try:
+            runtime = cls(settings, store, environment)
+            await runtime._load()
+        except BaseException:
+            await store.close()
+            raise
+        return runtime
+
+    async def _load(self) -> None:
+        try:
+            await self._open_vault()
+        except StoreUnavailable as error:
+            _log.error("%s; requests are refused until it answers", error)
+            self._spawn(self._retry_vault())
+        await self.follower.poll()
+        await self.rules.load()
+        self._spawn(self.follower.run())
+        self._spawn(self.rules.follow())
+
+    async def _open_vault(self) -> None:
+        settings = self.settings
+        master = await load_master_key(settings.state, self._environment, self._store)
+        self.vault = Vault(
+            self._store,
+            master,
+            settings.state,
+            settings.vault.lease,
+            on_operation=self.metrics.vault_operation,
+        )
+        self.gateway.vault = self.vault
+        self.follower.subscribe(CREDENTIALS, self.vault.apply_changes)
+
+    async def _retry_vault(self) -> None:
+        while self.vault is None:
+            await asyncio.sleep(RETRY)
+            try:
+                await self._open_vault()
+            except StoreUnavailable:
+                continue
+            except UserError as error:
+                _log.error("the vault stays closed: %s", error)
+                return
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.create_task(work))
+
+    def record(self, exchange: Exchange) -> None:
+        """Put one ended exchange on record."""
+        self.metrics.record(exchange)
+        self.audit.record(exchange)
+
+    def leased(self) -> Iterable[Lease]:
+        """The credentials that are open now."""
+        return self.vault.leased() if self.vault else ()
+
+    def status(self) -> Status:
+        """What `/readyz` and `/api/status` say."""
+        policy = self.rules.policy
+        return Status(
+            version=__version__,
+            uptime=time.monotonic() - self.started,
+            policy=policy.digest if policy else "",
+            rules=len(policy.rules) if policy else 0,
+            agents=self.registry.counts(),
+            store_up=self.follower.up,
+            reload_problems=[str(problem) for problem in self.rules.problems],
+            audit_problem=self.audit.problem,
+        )
+
+    async def admin(self) -> Admin:
+        """Serve `/metrics` and its companions.
+
+        Raises UserError.
+        """
+        host, port = self.settings.admin
+        admin = await Admin.start(host.name, port, self.metrics, self.status)
+        self.own.add((host.name, admin.port))
+        return admin
+
+    async def stop(self) -> None:
+        """Write what is still to be written, and give everything back."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.upstream.close()
+        await asyncio.to_thread(self.audit.close)
+        await self._store.close()

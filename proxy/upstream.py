@@ -1,0 +1,131 @@
+"""Where a decided request is dialled: names are resolved here, checked, and pinned until the connection stands."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from ipaddress import IPv4Network, IPv6Network
+from typing import Any
+
+import dns.asyncresolver
+import dns.exception
+import dns.nameserver
+
+from proxy.address import Address, Host, ip_literal, is_public
+from proxy.policy import Decision
+from proxy.reason import Reason
+from proxy.settings import Endpoint
+
+RESOLVE_TIMEOUT = 5.0  # seconds
+
+type SocketAddress = tuple[str, int]
+
+# What the next connect of this task resolves to. A task that dials for a sandbox sets it; ours (store, admin) do not.
+PINNED: ContextVar[Sequence[SocketAddress] | None] = ContextVar("pinned", default=None)
+
+
+class Refused(Exception):
+    """A request is refused; the decision says why."""
+
+    def __init__(self, reason: Reason, detail: str = "", decision: Decision | None = None) -> None:
+        self.reason = reason
+        self.detail = detail
+        self.rule = decision.rule if decision else None
+        super().__init__(reason)
+
+
+class Upstream:
+    """Turns a host and port into the addresses that may be dialled for it."""
+
+    def __init__(
+        self,
+        *,
+        connect_to: Mapping[Endpoint, Endpoint],
+        nameservers: Sequence[Endpoint],
+        allow_addresses: Collection[IPv4Network | IPv6Network],
+        own: Callable[[], Collection[tuple[str, int]]],
+    ) -> None:
+        self.connect_to = connect_to
+        self.allow_addresses = tuple(allow_addresses)
+        self.own = own
+        self._resolver = _resolver(nameservers) if nameservers else None
+        self._threads = ThreadPoolExecutor(32, "resolve")  # getaddrinfo blocks
+
+    async def addresses(self, host: Host, port: int, *, private: bool = False) -> list[SocketAddress]:
+        """The addresses to dial, all checked. `private`: a rule says that none of them may be a public one.
+
+        Raises Refused. An address the operator wrote in `connect_to` is trusted; nothing leads to the proxy itself.
+        """
+        to_host, to_port = self.connect_to.get(Endpoint(host, port), (host, port))
+        written = (host, port) in self.connect_to and to_host.ip is not None
+        found = [to_host.ip] if to_host.ip else await self._resolve(to_host.name)
+        if not found:
+            raise Refused(Reason.UPSTREAM_UNREACHABLE)
+        if not written and not all(self._may_dial(address, private) for address in found):
+            raise Refused(Reason.PRIVATE_ADDRESS)
+        if any(self._is_own(address, to_port) for address in found):
+            raise Refused(Reason.PRIVATE_ADDRESS)
+        return [(str(address), to_port) for address in found]
+
+    def _may_dial(self, address: Address, private: bool) -> bool:
+        allowed = any(address in network for network in self.allow_addresses)
+        return allowed if private else allowed or is_public(address)
+
+    def _is_own(self, address: Address, port: int) -> bool:
+        for own_host, own_port in self.own():
+            own = ip_literal(own_host)
+            if port == own_port and (address.is_loopback or address == own or (own is None or own.is_unspecified)):
+                return True
+        return False
+
+    async def _resolve(self, name: str) -> list[Address]:
+        try:
+            async with asyncio.timeout(RESOLVE_TIMEOUT):
+                answers = await (self._ask(name) if self._resolver else self._system(name))
+        except TimeoutError:
+            raise Refused(Reason.UPSTREAM_TIMEOUT) from None
+        except (OSError, UnicodeError, dns.exception.DNSException):
+            raise Refused(Reason.UPSTREAM_UNREACHABLE) from None
+        return list(dict.fromkeys(address for answer in answers if (address := ip_literal(answer.partition("%")[0]))))
+
+    async def _system(self, name: str) -> list[str]:
+        loop = asyncio.get_running_loop()
+        infos = await loop.run_in_executor(
+            self._threads, lambda: socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        )
+        return [str(info[4][0]) for info in infos]
+
+    async def _ask(self, name: str) -> list[str]:
+        assert self._resolver
+        answers = await self._resolver.resolve_name(name, search=False)
+        return list(answers.addresses())
+
+    def close(self) -> None:
+        """Give up look-ups that are under way."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _resolver(nameservers: Sequence[Endpoint]) -> dns.asyncresolver.Resolver:
+    resolver = dns.asyncresolver.Resolver(configure=False)
+    resolver.nameservers = [dns.nameserver.Do53Nameserver(host.name, port) for host, port in nameservers]
+    resolver.lifetime = RESOLVE_TIMEOUT
+    return resolver
+
+
+def pin_getaddrinfo(loop: asyncio.AbstractEventLoop) -> None:
+    """Make connects of `loop` use `PINNED` where it is set: the name is not asked again between check and dial."""
+    original = loop.getaddrinfo
+
+    async def getaddrinfo(host: Any, port: Any, **options: Any) -> Any:
+        pinned = PINNED.get()
+        if pinned is None:
+            return await original(host, port, **options)
+        return [
+            (socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, to_port))
+            for address, to_port in pinned
+        ]
+
+    loop.getaddrinfo = getaddrinfo  # type: ignore[method-assign]
