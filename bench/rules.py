@@ -1,6 +1,6 @@
 """How long rules take to load, and whether a decision costs more among many of them.
 
-    python -m bench.rules
+Run it from the root of the repository: `python -m bench.rules`.
 """
 
 from __future__ import annotations

@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import logging
-import os
 import time
-import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mitmproxy import connection, http
@@ -29,8 +25,10 @@ from proxy.address import Host, parse_authority
 from proxy.exchange import Exchange
 from proxy.flow import FlowState, Tunnel, state_of
 from proxy.gateway import Gateway
+from proxy.guard import guarded, where
 from proxy.identity import Identified, Identity
 from proxy.layers import HttpLayer, Refuse
+from proxy.peer import Dial, Peer, ulid
 from proxy.reason import Reason
 from proxy.redact import Replacer, secret_replacer
 from proxy.request import Ambiguous, RequestView
@@ -41,73 +39,6 @@ if TYPE_CHECKING:
     from proxy.runtime import Runtime
 
 _log = logging.getLogger("sallyport")
-_ULID = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford base 32
-
-
-def ulid(now: float, random: Callable[[int], bytes] = os.urandom) -> str:
-    """A sortable id: 48 bits of milliseconds, 80 random ones."""
-    number = int(now * 1000) << 80 | int.from_bytes(random(10))
-    return "".join(_ULID[number >> shift & 31] for shift in range(125, -1, -5))
-
-
-@dataclass(slots=True)
-class Dial:
-    """An upstream one decided request may be sent to."""
-
-    host: Host
-    private: bool
-    failure: Reason | None = None
-
-
-@dataclass(slots=True)
-class Peer:
-    """One client connection."""
-
-    client: connection.Client
-    listener: Listener
-    tunnel: Tunnel | None = None
-    sni_mismatch: bool = False
-    dials: dict[tuple[str, int], Dial] = field(default_factory=dict)
-    open: dict[int, http.HTTPFlow] = field(default_factory=dict)  # not recorded yet
-    agents: set[str] = field(default_factory=set)
-
-
-def where(error: BaseException) -> str:
-    """The kind and our own line of an exception: its message could quote a secret."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = frames[-1] if frames else None
-    return f"{type(error).__name__} at {os.path.basename(place.filename)}:{place.lineno}" if place else str(type(error))
-
-
-def guarded(refuse: Callable[[Any, Any], None]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A hook that refuses by `refuse` when it raises: mitmproxy itself would log it and let the flow go on."""
-
-    def decorate(hook: Callable[..., Any]) -> Callable[..., Any]:
-        def failed(addon: Addon, data: Any, error: Exception) -> None:
-            _log.error("%s failed and refused: %s", hook.__name__, where(error))
-            refuse(addon, data)
-
-        if inspect.iscoroutinefunction(hook):
-
-            @functools.wraps(hook)
-            async def awaited(self: Addon, data: Any) -> None:
-                try:
-                    await hook(self, data)
-                except Exception as error:
-                    failed(self, data, error)
-
-            return awaited
-
-        @functools.wraps(hook)
-        def called(self: Addon, data: Any) -> None:
-            try:
-                hook(self, data)
-            except Exception as error:
-                failed(self, data, error)
-
-        return called
-
-    return decorate
 
 
 def _refuse_flow(addon: Addon, flow: http.HTTPFlow) -> None:
@@ -614,3 +545,17 @@ def _agrees(text: str, host: Host, port: int) -> bool:
     if text.rpartition(":")[2].isdigit() and not text.endswith("]"):
         return parse_authority(text) == (host, port)
     return Host.parse(text) == host
+
+
+@functools.cache
+def _script() -> list[object]:
+    from proxy.script import Script
+
+    return [Script()]
+
+
+def __getattr__(name: str) -> object:
+    """`addons`, which mitmproxy asks this file for when it is loaded as a script."""
+    if name == "addons":
+        return _script()
+    raise AttributeError(name)

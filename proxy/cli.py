@@ -111,7 +111,7 @@ def _print_ready(settings: Settings, runtime: Any, running: Running) -> None:
 Next, in another shell:
   sallyport agent add coder-1                  register a sandbox
   eval "$(sallyport agent env coder-1)"        point this shell's clients at the proxy
-  curl https://pypi.org/simple/                goes out if a rule allows it""",
+  curl https://api.github.com/zen              goes out if a rule allows it""",
         flush=True,
     )
 

@@ -327,5 +327,5 @@ All of it went as told. Try next:
   ./sallyport run                               start the proxy
   ./sallyport agent add coder-1                 register a sandbox (in another shell)
   eval "$(./sallyport agent env coder-1)"       point that shell's clients at the proxy
-  ./sallyport explain --agent coder-1 GET https://pypi.org/simple/
+  ./sallyport explain --agent coder-1 GET https://api.github.com/zen
   ./sallyport check && ./sallyport test         the rules in rules/, and their tests"""

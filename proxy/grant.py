@@ -13,7 +13,7 @@ from proxy.request import RequestView, parse_path_pattern
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Hosts (at least one, `host` or `host:port`), methods, paths and agents; empty means any. `expires`: Unix seconds."""
+    """Hosts (at least one, `host` or `host:port`), methods, paths, agents; empty is any. `expires`: Unix seconds."""
 
     hosts: tuple[str, ...]
     methods: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ class Grant:
         host_texts = tuple(hosts)
         if not host_texts:
             raise ValueError("a credential needs at least one host it may be sent to", "give --host")
-        if expires != expires:  # noqa: PLR0124  # NaN would never come
+        if expires != expires:  # NaN would never come
             raise ValueError("a credential's expiry is not a time")
         method_texts = tuple(method.upper() for method in methods)
         path_texts = tuple(parse_path_pattern(path) for path in paths)

@@ -19,9 +19,11 @@ type Network = IPv4Network | IPv6Network
 class Agents(Protocol):
     """What identifying needs of the registry."""
 
-    def by_token(self, token: str) -> Agent | None: ...
+    def by_token(self, token: str) -> Agent | None:
+        """Whose token this is."""
 
-    def by_id(self, agent_id: str) -> Agent | None: ...
+    def by_id(self, agent_id: str) -> Agent | None:
+        """The agent of that id."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from proxy.identity import Identity
 from proxy.masterkey import load_master_key
 from proxy.metrics import Metrics
 from proxy.problem import UserError
+from proxy.records import TABLE as CREDENTIALS
 from proxy.registry import TABLE as AGENTS
 from proxy.registry import Registry
 from proxy.settings import Settings
@@ -29,7 +30,6 @@ from proxy.snapshot import Rules
 from proxy.store import Store, StoreUnavailable
 from proxy.tls import ClientTls, UpstreamTls
 from proxy.upstream import Upstream
-from proxy.records import TABLE as CREDENTIALS
 from proxy.vault import Lease, Vault
 
 RETRY = 1.0  # seconds between attempts to open the vault while the store is down

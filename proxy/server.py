@@ -17,8 +17,9 @@ from mitmproxy.proxy import commands, mode_specs
 from mitmproxy.proxy import server as mitm_server
 from mitmproxy.proxy.layers.http import HTTPMode
 
-from proxy.addon import Addon, where
+from proxy.addon import Addon
 from proxy.flow import state_of
+from proxy.guard import where
 from proxy.problem import UserError
 from proxy.reason import Reason
 from proxy.running import Running

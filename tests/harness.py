@@ -239,7 +239,8 @@ class Connection:
         status = int(line.split(" ")[1])
         headers = [(name, value.strip()) for name, _, value in (text.partition(":") for text in fields)]
         lower = {name.lower(): value for name, value in headers}
-        if method in ("HEAD", "CONNECT") and status < 300 or status in (101, 204, 304) or 100 <= status < 200:
+        bodiless = status in (101, 204, 304) or 100 <= status < 200
+        if bodiless or (method in ("HEAD", "CONNECT") and status < 300):
             body = b""
         elif "chunked" in lower.get("transfer-encoding", ""):
             body = b""

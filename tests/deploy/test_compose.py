@@ -33,7 +33,7 @@ def image_environment() -> dict[str, str]:
 @pytest.mark.slow
 def test_compose_file_follows_the_compose_specification() -> None:
     schema = ["-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
-    command = [sys.executable, *schema, ROOT / "docker-compose.yml"]
+    command = [sys.executable, *schema, str(ROOT / "docker-compose.yml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -1,3 +1,5 @@
+"""The JSON Schema of rule files, against what loads."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""URLs as people write them."""
+
 from __future__ import annotations
 
 import pytest
@@ -48,7 +50,9 @@ def test_what_the_proxy_would_refuse_is_ambiguous(url: str) -> None:
         parse_url("GET", url)
 
 
-@pytest.mark.parametrize("url", ["", "example.com", "/path", "ftp://example.com/", "https:example.com", "wss://a.test/"])
+@pytest.mark.parametrize(
+    "url", ["", "example.com", "/path", "ftp://example.com/", "https:example.com", "wss://a.test/"]
+)
 def test_what_is_no_url_is_the_users_mistake(url: str) -> None:
     with pytest.raises(UserError, match="write it whole"):
         parse_url("GET", url)

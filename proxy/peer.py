@@ -1,0 +1,44 @@
+"""What is known of one client connection, and where its decided requests may be dialled. No behaviour."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from mitmproxy import connection, http
+
+from proxy.address import Host
+from proxy.flow import Tunnel
+from proxy.reason import Reason
+from proxy.settings import Listener
+
+_ULID = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford base 32
+
+
+def ulid(now: float, random: Callable[[int], bytes] = os.urandom) -> str:
+    """A sortable id: 48 bits of milliseconds, 80 random ones."""
+    number = int(now * 1000) << 80 | int.from_bytes(random(10))
+    return "".join(_ULID[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+@dataclass(slots=True)
+class Dial:
+    """An upstream one decided request may be sent to."""
+
+    host: Host
+    private: bool
+    failure: Reason | None = None
+
+
+@dataclass(slots=True)
+class Peer:
+    """One client connection."""
+
+    client: connection.Client
+    listener: Listener
+    tunnel: Tunnel | None = None
+    sni_mismatch: bool = False
+    dials: dict[tuple[str, int], Dial] = field(default_factory=dict)
+    open: dict[int, http.HTTPFlow] = field(default_factory=dict)  # not recorded yet
+    agents: set[str] = field(default_factory=set)
