@@ -15,7 +15,8 @@ from proxy.pattern import Glob, compile_regex, path_glob, text_glob
 from proxy.policy import NEVER_FORWARDED
 from proxy.problem import UserError
 from proxy.request import parse_path_pattern
-from proxy.yamltree import did_you_mean, kind_of
+from proxy.validation import did_you_mean
+from proxy.yamltree import kind_of
 
 INJECT_KINDS = tuple(kind for kind in KINDS if kind != "static")
 LATER = "not available in this version"

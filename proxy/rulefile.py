@@ -27,7 +27,8 @@ from proxy.rulemodel import (
     rules_schema,
 )
 from proxy.rulerisk import unknown_credentials, warnings
-from proxy.yamltree import Step, Tree, load, validate
+from proxy.validation import validate
+from proxy.yamltree import Step, Tree, load
 
 _FREE_TEXT = frozenset({"labels", "query", "headers"})  # whose values are text even where YAML sees a number
 _PLAIN = re.compile(r"[^\s,\]}*&!'\"][^\s,\]}]*")

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from proxy.policy import Policy, Rule, Verdict
 from proxy.problem import Problem
-from proxy.yamltree import did_you_mean
+from proxy.validation import did_you_mean
 
 _ACCEPTED = re.compile(r"#\s*sallyport:\s*allow\s+([a-z][a-z, -]*)")
 

@@ -17,7 +17,8 @@ from proxy.reason import Reason
 from proxy.request import Ambiguous
 from proxy.rulefield import parse_some_text, parse_text, parse_token, parse_version
 from proxy.url import parse_url, url_of
-from proxy.yamltree import Step, Tree, did_you_mean, load, validate
+from proxy.validation import did_you_mean, validate
+from proxy.yamltree import Step, Tree, load
 
 _UPGRADE = (("Connection", "Upgrade"), ("Upgrade", "websocket"))  # RFC 6455 section 4.1
 

@@ -20,7 +20,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from proxy.address import Host
 from proxy.agent import parse_agent_id
 from proxy.problem import Problem, Problems
-from proxy.yamltree import Step, Tree, did_you_mean, kind_of, load, validate
+from proxy.validation import did_you_mean, validate
+from proxy.yamltree import Step, Tree, kind_of, load
 
 DEFAULT_FILE = "sallyport.yaml"
 PREFIX = "SALLYPORT_"

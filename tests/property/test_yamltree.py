@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from proxy.problem import Problem, Problems
 from proxy.settings import Settings
-from proxy.yamltree import Tree, load, validate
+from proxy.validation import validate
+from proxy.yamltree import Tree, load
 
 _TOKENS = st.sampled_from(
     [
