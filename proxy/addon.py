@@ -32,7 +32,7 @@ from proxy.peer import Dial, Peer, ulid
 from proxy.reason import Reason
 from proxy.redact import Replacer, secret_replacer
 from proxy.request import Ambiguous, RequestView
-from proxy.settings import Listener
+from proxy.settingvalue import Listener
 from proxy.upstream import PINNED, Refused, SocketAddress, Upstream
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from proxy.problem import Problems, UserError
 from proxy.registry import Registry
 from proxy.running import Running
 from proxy.sandboxenv import FORMATS, ca_bundle, variables, write_bundle
-from proxy.settings import Settings, load_settings, parse_duration, settings_schema
+from proxy.settings import Settings, load_settings, settings_schema
+from proxy.settingvalue import parse_duration
 from proxy.store import Store
 from proxy.vault import Entry, Vault
 

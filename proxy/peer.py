@@ -11,7 +11,7 @@ from mitmproxy import connection, http
 from proxy.address import Host
 from proxy.flow import Tunnel
 from proxy.reason import Reason
-from proxy.settings import Listener
+from proxy.settingvalue import Listener
 
 _ULID = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford base 32
 

@@ -24,7 +24,8 @@ from proxy.problem import UserError
 from proxy.reason import Reason
 from proxy.running import Running
 from proxy.runtime import Runtime
-from proxy.settings import Listener, Settings
+from proxy.settings import Settings
+from proxy.settingvalue import Listener
 from proxy.upstream import pin_getaddrinfo
 
 CONNECT_TIMEOUT = 10.0  # seconds

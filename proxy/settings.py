@@ -8,20 +8,34 @@ from __future__ import annotations
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
-from proxy.address import Host
-from proxy.agent import parse_agent_id
 from proxy.problem import Problem, Problems
+from proxy.settingvalue import (
+    Endpoint,
+    Listener,
+    StoreUrl,
+    distinct,
+    not_yet,
+    parse_agent,
+    parse_bind,
+    parse_duration,
+    parse_endpoint,
+    parse_file,
+    parse_listener,
+    parse_nameserver,
+    parse_network,
+    parse_path,
+    parse_size,
+    parse_store,
+    parse_workers,
+)
 from proxy.validation import did_you_mean, validate
-from proxy.yamltree import Step, Tree, kind_of, load
+from proxy.yamltree import Step, Tree, load
 
 DEFAULT_FILE = "sallyport.yaml"
 PREFIX = "SALLYPORT_"
@@ -32,234 +46,6 @@ _SERVICE_LINK = re.compile(
     r"|SALLYPORT_\w+_(?:SERVICE_HOST=.*|SERVICE_PORT(?:_\w+)?=\d+|PORT(?:_\w+)?=(?:tcp|udp|sctp)://.*|PORT_\d+_\w+=.*)",
     re.DOTALL,
 )
-_STORES = ("redis", "rediss", "redis+sentinel", "redis+cluster")
-_SECONDS = {"ms": Fraction(1, 1000), "s": Fraction(1), "m": Fraction(60), "h": Fraction(3600), "d": Fraction(86400)}
-_BYTES: dict[str, int] = {"": 1, "B": 1} | {
-    f"{letter}{suffix}": base**power
-    for power, letter in enumerate("KMGT", 1)
-    for suffix, base in (("iB", 1024), ("B", 1000))
-}
-_LATER = "not available in this version"
-
-
-def parse_duration(text: object) -> float:
-    """Seconds from `500ms`, `60s`, `5m`, `8h` or `2d`.
-
-    Raises ValueError(message, hint).
-    """
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(ms|s|m|h|d)", text) if isinstance(text, str) else None
-    if not match:
-        shown = f'"{text}"' if isinstance(text, str) else kind_of(text)
-        raise ValueError(f"expected a duration, got {shown}", 'write a number and a unit: "500ms", "60s", "5m", "8h"')
-    return float(Fraction(match[1]) * _SECONDS[match[2]])
-
-
-def parse_size(text: object) -> int:
-    """Bytes from `64KiB`, `10MB` or a whole number of bytes.
-
-    Raises ValueError(message, hint).
-    """
-    spelled = str(text) if isinstance(text, str | int) and not isinstance(text, bool) else ""
-    match = re.fullmatch(r"([0-9]{1,15}) ?([A-Za-z]*)", spelled)
-    if not match or match[2] not in _BYTES:
-        shown = f'"{spelled}"' if spelled else kind_of(text)
-        raise ValueError(f"expected a size, got {shown}", 'write "64KiB", "1MiB", "10MB" or a number of bytes')
-    return int(match[1]) * _BYTES[match[2]]
-
-
-class Endpoint(NamedTuple):
-    """A host and a port, 0 only where the kernel shall choose one; equal to the plain pair."""
-
-    host: Host
-    port: int
-
-    def __str__(self) -> str:
-        return f"{self.host}:{self.port}"
-
-
-class StoreUrl:
-    """Where the store is; its text hides the password, only `reveal()` tells it."""
-
-    __slots__ = ("_url",)
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    @property
-    def embedded(self) -> bool:
-        """Whether the proxy starts a store of its own."""
-        return self._url == "embedded"
-
-    def reveal(self) -> str:
-        """The URL with its password, for the store's client only."""
-        return self._url
-
-    def __str__(self) -> str:
-        if self.embedded:
-            return self._url
-        parts = urlsplit(self._url)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-    def __repr__(self) -> str:
-        return f"StoreUrl({str(self)!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, StoreUrl) and self._url == other._url
-
-    def __hash__(self) -> int:
-        return hash(self._url)
-
-
-@dataclass(frozen=True, slots=True)
-class Listener:
-    """One way in; `address` is as the operator wrote it, `agent` the one agent it belongs to, or None for any."""
-
-    address: str
-    host: str
-    port: int
-    agent: str | None = None
-    scheme: Literal["regular", "transparent", "unix", "tls"] = "regular"
-
-
-def _text(value: object, what: str = "text") -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"expected {what}, got {kind_of(value)}")
-    return value
-
-
-def _split(value: object, least_port: int = 1) -> Endpoint:
-    text = _text(value, "host:port")
-    host, colon, port = text.rpartition(":")
-    if not colon or not re.fullmatch("[0-9]{1,5}", port) or not least_port <= int(port) < 65536:
-        raise ValueError(f'"{text}" is not host:port', f"the port is a number from {least_port} to 65535")
-    if not host:
-        raise ValueError(f'"{text}" has no host', f'write "127.0.0.1:{port}", or "0.0.0.0:{port}" for every interface')
-    if ":" in host and not host.startswith("["):
-        raise ValueError(f'"{text}": an IPv6 address needs brackets', 'write "[::1]:8080"')
-    try:
-        return Endpoint(Host.parse(host), int(port))
-    except ValueError:
-        raise ValueError(f'"{host}" is not a host', "write a host name or an IP address") from None
-
-
-def _bind(value: object) -> Endpoint:
-    return _split(value, least_port=0)
-
-
-def _nameserver(value: object) -> Endpoint:
-    endpoint = _split(value)
-    if endpoint.host.ip is None:
-        raise ValueError(f'"{value}" is not ip:port', "a nameserver is given by its IP address")
-    return endpoint
-
-
-def _listener(value: object) -> Listener:
-    agent: str | None = None
-    address = value
-    if isinstance(value, dict):
-        unknown = sorted(value.keys() - {"address", "agent"})
-        if unknown or "address" not in value:
-            message = f'unknown field "{unknown[0]}"' if unknown else 'missing field "address"'
-            raise ValueError(message, 'write {address: "127.0.0.1:8081", agent: coder-1}')
-        address = value["address"]
-        agent = parse_agent_id(_text(value["agent"], "an agent id")) if value.get("agent") is not None else None
-    text = _text(address, "an address such as 127.0.0.1:8080")
-    for mark, scheme in (("transparent@", "transparent"), ("unix:", "unix"), ("tls://", "tls")):
-        if text.startswith(mark):
-            if scheme != "unix":
-                _bind(text.removeprefix(mark))
-            raise ValueError(f'"{text}": {scheme} listeners are {_LATER}', 'write "127.0.0.1:8080"')
-    host, port = _bind(text)
-    return Listener(text, host.name, port, agent)
-
-
-def _path(value: object) -> Path:
-    text = _text(value, "a path")
-    if not text or "\0" in text:
-        raise ValueError("expected a path, got empty text")
-    return Path(text)
-
-
-def _readable_file(value: object) -> Path:
-    path = _path(value)
-    if not path.is_file():
-        raise ValueError(f"no such file: {path}", "give the path of a PEM file")
-    return path
-
-
-def _store(value: object) -> StoreUrl:
-    text = _text(value)
-    hint = "write embedded, or redis://:password@host:6379/0"
-    if text == "embedded":
-        return StoreUrl(text)
-    scheme, separator, rest = text.partition("://")
-    if not separator or scheme not in _STORES:
-        raise ValueError(f"the store is embedded or a URL beginning with {', '.join(f'{s}://' for s in _STORES)}", hint)
-    try:
-        netloc = urlsplit(text).netloc if text.isprintable() and " " not in text else ""
-        servers = [_split(server if _has_port(server) else f"{server}:6379") for server in _servers(netloc)]
-    except ValueError:
-        servers = []
-    # A raw "/", "?" or "#" in a password ends the host part early, and the rest would be shown as path.
-    if not servers or "@" in rest.removeprefix(netloc):
-        raise ValueError("the store's URL is not well-formed", f'{hint}; percent-encode "/?#@" in the password')
-    return StoreUrl(text)
-
-
-def _servers(netloc: str) -> list[str]:
-    return netloc.rpartition("@")[2].split(",")
-
-
-def _has_port(server: str) -> bool:
-    return ":" in server.rpartition("]")[2]
-
-
-def _network(value: object) -> IPv4Network | IPv6Network:
-    text = _text(value, "a network")
-    try:
-        return ip_network(text)
-    except ValueError:
-        pass
-    try:
-        right = ip_network(text, strict=False)
-    except ValueError:
-        raise ValueError(f'"{text}" is not a network', 'write it as "10.1.2.0/24"') from None
-    raise ValueError(f'"{text}" has bits set outside its mask', f'write "{right}"')
-
-
-def _agent(value: object) -> str:
-    return parse_agent_id(_text(value, "an agent id"))
-
-
-def _distinct(parse: typing.Callable[[object], object]) -> typing.Callable[[object], object]:
-    """A validator that refuses two spellings of one key: the later would silently win."""
-
-    def check(value: object) -> object:
-        seen: dict[object, str] = {}
-        for key in value if isinstance(value, dict) else ():
-            try:
-                first = seen.setdefault(parse(key), key)
-            except ValueError:
-                continue  # told at the key itself
-            if first != key:
-                raise ValueError(f'"{key}" is the same as "{first}"', "remove one of them")
-        return value
-
-    return check
-
-
-def _not_yet(value: object) -> None:
-    if value is not None:
-        raise ValueError(_LATER, "remove it, or write null")
-
-
-def _workers(value: object) -> int:
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 1):
-        raise ValueError(f"more than one worker is {_LATER}", "write 1")
-    if value is True or value != 1 or isinstance(value, float):
-        got = str(value) if isinstance(value, int) else kind_of(value)
-        raise ValueError(f"expected a number of workers, or auto, got {got}", "write 1")
-    return 1
 
 
 def _positive[N: (int, float)](value: N) -> N:
@@ -279,10 +65,10 @@ def _from(parse: typing.Callable[[object], object], written: Any = str) -> Any:
 
 _Duration = Annotated[float, BeforeValidator(parse_duration, json_schema_input_type=str)]
 _Size = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=str | int)]
-_Path = Annotated[Path, _from(_path)]
-_Network = Annotated[IPv4Network | IPv6Network, _from(_network)]
-_Endpoint = Annotated[Endpoint, _from(_split)]
-_NotYet = Annotated[None, _from(_not_yet, None)]
+_Path = Annotated[Path, _from(parse_path)]
+_Network = Annotated[IPv4Network | IPv6Network, _from(parse_network)]
+_Endpoint = Annotated[Endpoint, _from(parse_endpoint)]
+_NotYet = Annotated[None, _from(not_yet, None)]
 
 
 class BoundListener(BaseModel):
@@ -293,7 +79,7 @@ class BoundListener(BaseModel):
     agent: str | None = None
 
 
-_Listener = Annotated[Listener, BeforeValidator(_listener, json_schema_input_type=str | BoundListener)]
+_Listener = Annotated[Listener, BeforeValidator(parse_listener, json_schema_input_type=str | BoundListener)]
 
 
 class _Section(BaseModel):
@@ -305,8 +91,8 @@ class Identity(_Section):
 
     token: bool = True
     networks: Annotated[
-        dict[_Network, Annotated[str, _from(_agent)]],
-        BeforeValidator(_distinct(_network), json_schema_input_type=dict[str, str]),
+        dict[_Network, Annotated[str, _from(parse_agent)]],
+        BeforeValidator(distinct(parse_network), json_schema_input_type=dict[str, str]),
     ] = _spelt({})
     jwt: _NotYet = None
     mtls: _NotYet = None
@@ -315,12 +101,12 @@ class Identity(_Section):
 class Upstream(_Section):
     """How upstreams are found and trusted. An address in `connect_to` is the operator's word and need not be public."""
 
-    trust: tuple[Annotated[Path, _from(_readable_file)], ...] = ()
+    trust: tuple[Annotated[Path, _from(parse_file)], ...] = ()
     connect_to: Annotated[
         dict[_Endpoint, _Endpoint],
-        BeforeValidator(_distinct(_split), json_schema_input_type=dict[str, str]),
+        BeforeValidator(distinct(parse_endpoint), json_schema_input_type=dict[str, str]),
     ] = _spelt({})
-    nameservers: tuple[Annotated[Endpoint, _from(_nameserver)], ...] = ()
+    nameservers: tuple[Annotated[Endpoint, _from(parse_nameserver)], ...] = ()
     allow_addresses: tuple[_Network, ...] = ()
     via: _NotYet = None
 
@@ -353,12 +139,12 @@ class Settings(_Section):
     model_config = ConfigDict(title="Sallyport settings")
 
     listen: Annotated[tuple[_Listener, ...], Field(min_length=1)] = _spelt(("127.0.0.1:8080",))
-    admin: Annotated[Endpoint, _from(_bind)] = _spelt("127.0.0.1:9090")
+    admin: Annotated[Endpoint, _from(parse_bind)] = _spelt("127.0.0.1:9090")
     rules: _Path = _spelt("rules/")
     certs: _Path = _spelt("certs/")
     state: _Path = _spelt(".sallyport/")
-    store: Annotated[StoreUrl, _from(_store)] = _spelt("embedded")
-    workers: Annotated[int, _from(_workers, int | Literal["auto"])] = 1
+    store: Annotated[StoreUrl, _from(parse_store)] = _spelt("embedded")
+    workers: Annotated[int, _from(parse_workers, int | Literal["auto"])] = 1
     identity: Identity = Field(default_factory=Identity)
     upstream: Upstream = Field(default_factory=Upstream)
     lane: Literal["mitmproxy", "fast"] = "fast"

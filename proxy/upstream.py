@@ -17,7 +17,7 @@ import dns.nameserver
 from proxy.address import Address, Host, ip_literal, is_public
 from proxy.policy import Decision
 from proxy.reason import Reason
-from proxy.settings import Endpoint
+from proxy.settingvalue import Endpoint
 
 RESOLVE_TIMEOUT = 5.0  # seconds
 

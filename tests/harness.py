@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import queue
 import socket
 import ssl
 import subprocess
@@ -281,6 +280,7 @@ class Proxy:
         self.write_rules(rules)
         self.process: subprocess.Popen[str] | None = None
         self.tokens: dict[str, str] = {}
+        self.said: list[str] = []  # lines on standard output; an empty one at the end
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("SALLYPORT_")},
             "PYTHONPATH": str(ROOT),
@@ -303,14 +303,12 @@ class Proxy:
             stderr=self.stderr,
             text=True,
         )
-        lines: queue.Queue[str] = queue.Queue()
-        stdout = self.process.stdout
+        said, stdout = self.said, self.process.stdout
         assert stdout
-        self._reader = threading.Thread(
-            target=lambda: [*(lines.put(line) for line in stdout), lines.put("")], daemon=True
-        )
+        said.clear()
+        self._reader = threading.Thread(target=lambda: [*map(said.append, stdout), said.append("")], daemon=True)
         self._reader.start()
-        first = lines.get(timeout=PATIENCE)
+        first = wait_for(lambda: said, "the first line")[0]
         if not first:
             raise AssertionError(f"the proxy did not start: {(self.folder / 'stderr.txt').read_text()}")
         running = json.loads((self.folder / ".sallyport" / "running.json").read_text())
@@ -434,6 +432,22 @@ class Proxy:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of /metrics by its name and labels as written."""
+        status, text = self.fetch_admin("/metrics")
+        assert status == 200
+        lines = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, _, value in lines}
+
+    def metric(self, name: str, **labels: str) -> float:
+        """One sample, 0 where there is none yet."""
+        text = ",".join(f'{label}="{value}"' for label, value in labels.items())
+        return self.metrics().get(f"{name}{{{text}}}" if text else name, 0.0)
+
+    def stderr_text(self) -> str:
+        """What it wrote to standard error so far."""
+        return (self.folder / "stderr.txt").read_text()
 
     def audit(self, count: int = 1, **wanted: object) -> list[dict[str, Any]]:
         """The audit lines with these values, when there are at least `count`."""

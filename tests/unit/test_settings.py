@@ -11,16 +11,8 @@ import pytest
 
 from proxy.address import Host
 from proxy.problem import Problems
-from proxy.settings import (
-    Endpoint,
-    Listener,
-    Settings,
-    StoreUrl,
-    load_settings,
-    parse_duration,
-    parse_size,
-    settings_schema,
-)
+from proxy.settings import Settings, load_settings, settings_schema
+from proxy.settingvalue import Endpoint, Listener, StoreUrl, parse_duration, parse_size
 
 
 def _load(
