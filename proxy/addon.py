@@ -22,12 +22,14 @@ from mitmproxy.tls import ClientHelloData, TlsData
 
 from proxy import flow as flows
 from proxy.address import Host, parse_authority
+from proxy.coding import Undecodable
 from proxy.exchange import Exchange
 from proxy.flow import FlowState, Tunnel, state_of
 from proxy.gateway import Gateway
 from proxy.guard import guarded, where
 from proxy.identity import Identified, Identity
-from proxy.layers import HttpLayer, Refuse
+from proxy.layers import ClientTls, HttpLayer, Refuse
+from proxy.outbound import body_placeholders, secrets_known, secrets_sent
 from proxy.peer import Dial, Peer, ulid
 from proxy.reason import Reason
 from proxy.redact import Replacer, secret_replacer
@@ -42,13 +44,18 @@ _log = logging.getLogger("sallyport")
 
 
 def _refuse_flow(addon: Addon, flow: http.HTTPFlow) -> None:
-    addon.refuse(flow, Refused(Reason.INTERNAL))
+    if state_of(flow).streamed:
+        _cut_flow(addon, flow)
+    else:
+        addon.refuse(flow, Refused(Reason.INTERNAL))
 
 
 def _cut_flow(addon: Addon, flow: http.HTTPFlow) -> None:
     exchange = state_of(flow).exchange
     if exchange:
         exchange.allowed, exchange.reason = False, Reason.INTERNAL
+    for message in flow.websocket.messages if flow.websocket else ():
+        message.drop()  # type: ignore[no-untyped-call]
     addon.abort(flow.client_conn)
 
 
@@ -67,6 +74,10 @@ def _cut_tls(addon: Addon, data: TlsData | ClientHelloData) -> None:
 
 def _cut_server(addon: Addon, data: server_hooks.ServerConnectionHookData) -> None:
     data.server.error = "refused"
+    peer = addon.peers.get(data.client.id)
+    dial = peer.dials.get(_address(data.server)) if peer else None
+    if dial:
+        dial.failure = Reason.INTERNAL
 
 
 class Addon:
@@ -99,13 +110,13 @@ class Addon:
         peer = self.peers.pop(client.id, None)
         if peer is None:
             return
-        for flow in list(peer.open.values()):
-            self._record(flow)
         for agent in peer.agents:
             self.by_agent[agent].discard(client.id)
             if not self.by_agent[agent]:
                 del self.by_agent[agent]
         self.runtime.metrics.connection(peer.listener.address, -1)
+        for flow in list(peer.open.values()):
+            self._record(flow)
 
     @guarded(_cut_layer)
     def next_layer(self, data: layer.NextLayer) -> None:
@@ -115,16 +126,16 @@ class Addon:
         if isinstance(above, http_layers.HttpStream):
             start: bytes = data.data_client()  # type: ignore[no-untyped-call]
             if net_tls.starts_like_tls_record(start):
-                data.layer = ClientTLSLayer(context)
+                data.layer = ClientTls(context)
             elif len(start) < 3 and b"\x16\x03".startswith(start[:2]):
                 data.layer = None  # more must come before it can be told
             else:
-                self._record_refused_tunnel(context.client)
+                self.refuse_tunnel(context.client)
                 data.layer = Refuse(context)
         else:
             inside = isinstance(above, ClientTLSLayer)
             mode = http_layers.HTTPMode.transparent if inside else http_layers.HTTPMode.regular
-            data.layer = self.http_layer(context, mode)
+            data.layer = self.peers[context.client.id].http = self.http_layer(context, mode)
 
     def http_layer(self, context: Any, mode: http_layers.HTTPMode) -> HttpLayer:
         """The HTTP layer of a connection or tunnel."""
@@ -132,24 +143,17 @@ class Addon:
 
     @guarded(_cut_tls)
     def tls_clienthello(self, data: ClientHelloData) -> None:
-        """The server name must be the CONNECT target; whatever it is, the target is what is dialled."""
-        context = data.context
-        tunnel = self.peers[context.client.id].tunnel
+        """Whatever the server name, the CONNECT target is what is dialled."""
+        tunnel = self.tunnel_of(data.context.client)
         assert tunnel
-        context.server.tls = True
-        context.server.sni = tunnel.host.name
-        self.peers[context.client.id].sni_mismatch = not _names(context.client.sni, tunnel.host)
+        data.context.server.tls = True
+        data.context.server.sni = tunnel.host.name
 
     @guarded(_cut_tls)
     def tls_start_client(self, data: TlsData) -> None:
-        """Show our certificate for the name the client asks for; with a wrong name it only ever gets refusals."""
-        peer = self.peers[data.context.client.id]
-        assert peer.tunnel
-        host = peer.tunnel.host
-        if peer.sni_mismatch:
-            with contextlib.suppress(ValueError):
-                host = Host.parse(data.context.client.sni or "")
-        data.ssl_conn = self.runtime.client_tls.connection(host)
+        """Show our certificate."""
+        client = data.context.client
+        data.ssl_conn = self.runtime.client_tls.connection(self.certificate_host(client, client.sni))
 
     @guarded(_cut_tls)
     def tls_start_server(self, data: TlsData) -> None:
@@ -162,17 +166,20 @@ class Addon:
         server.alpn_offers = [b"h2", b"http/1.1"] if http2 else [b"http/1.1"]
         data.ssl_conn = self.runtime.upstream_tls.connection(dial.host, http2=http2)
 
+    @guarded(_cut_tls)
     def tls_failed_server(self, data: TlsData) -> None:
         """Remember why: the flow's answer says so."""
         peer = self.peers.get(data.context.client.id)
-        if peer and isinstance(data.conn, connection.Server) and data.conn.address in peer.dials:
-            peer.dials[_address(data.conn)].failure = Reason.UPSTREAM_TLS
+        dial = peer.dials.get(_address(data.conn)) if peer and isinstance(data.conn, connection.Server) else None
+        if dial and dial.failure is None:
+            dial.failure = Reason.UPSTREAM_TLS
 
     @guarded(_cut_server)
     async def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
         """Only a decided upstream is dialled, at addresses that were checked."""
         data.server.error = "refused"  # until all of this has passed
         dial = self.peers[data.client.id].dials[_address(data.server)]
+        dial.failure = None
         try:
             addresses: list[SocketAddress] = await self.upstream.addresses(
                 dial.host, _address(data.server)[1], private=dial.private
@@ -181,9 +188,9 @@ class Addon:
             dial.failure = refused.reason
             return
         PINNED.set(addresses)
-        dial.failure = None
         data.server.error = None
 
+    @guarded(_cut_server)
     def server_connect_error(self, data: server_hooks.ServerConnectionHookData) -> None:
         """A dial that failed after its addresses were found."""
         peer = self.peers.get(data.client.id)
@@ -238,6 +245,8 @@ class Addon:
             if peer.sni_mismatch:
                 raise Refused(Reason.AUTHORITY_MISMATCH)
             state.view = view = self._view(flow, peer)
+            if flow.error:  # mitmproxy's own checks, before the hook
+                raise Refused(Reason.AMBIGUOUS_REQUEST, "its headers are malformed")
             _fill(exchange, view)
             assert identified.agent
             approved = await self.gateway.approve(identified.agent, view, exchange)
@@ -250,17 +259,18 @@ class Addon:
             return
         outbound = approved.outbound
         target = outbound.view
-        in_body = tuple((opened.name, opened.secret.reveal()) for _, opened in outbound.body)
-        state.redactor = self._redactor(target, outbound.sent + in_body)
+        state.redactor = self._redactor(target, secrets_sent(outbound))
         state.response_edits = approved.response_edits
-        peer.dials[target.host.name, target.port] = Dial(target.host, approved.private)
+        # One for all requests under way to a place: its failure is told to each of them.
+        dial = peer.dials.setdefault((target.host.name, target.port), Dial(target.host, approved.private))
+        dial.private = approved.private
         flows.write_request(flow, target, scanned=state.redactor is not None)
         if outbound.body:
             state.body_credentials = tuple(opened for _, opened in outbound.body)
-            state.placeholders = Replacer({mark: (one.secret.reveal(), one.name) for mark, one in outbound.body})
-        state.decided = True
+            state.placeholders = Replacer(body_placeholders(outbound))
         self._stream_request(flow, state)
         state.sent_at = time.perf_counter()
+        state.decided = True
 
     def _stream_request(self, flow: http.HTTPFlow, state: FlowState) -> None:
         request, exchange = flow.request, state.exchange
@@ -276,6 +286,7 @@ class Addon:
         replacing = state.request_stream
 
         def pass_on(chunk: bytes) -> Iterable[bytes]:
+            state.streamed = True
             exchange.request_bytes += len(chunk)
             if replacing:
                 last = not chunk
@@ -294,12 +305,15 @@ class Addon:
             return
         if not state.decided:
             raise RuntimeError("an undecided request")
+        flow.request.trailers = None  # they were not decided, and HTTP/1 upstreams are sent none either
         exchange = state.exchange
         if exchange and not flow.request.stream:
             body = flow.request.raw_content or b""
             exchange.request_bytes += len(body)
             if state.placeholders:
-                flow.request.raw_content, found = state.placeholders.replace(body)
+                body, found = state.placeholders.replace(body)
+                flow.request.raw_content = body
+                flow.request.headers["content-length"] = str(len(body))
                 flows.note_body_injections(state, found)
 
     # Responses
@@ -309,33 +323,44 @@ class Addon:
         """Strip, edit and redact the head; stream the body through the redactor."""
         state, exchange, response = state_of(flow), state_of(flow).exchange, flow.response
         assert response
-        if exchange is None or not state.decided or exchange.status:
+        if state.answered:
             return
+        if exchange is None or not state.decided:
+            raise RuntimeError("an undecided response")
         exchange.status = response.status_code
         exchange.upstream_duration = time.perf_counter() - state.sent_at
         peername = flow.server_conn.peername
         exchange.upstream_ip = peername[0] if peername else ""
         flows.clean_response_headers(flow, state.response_edits, state.redactor)
-        body = flows.body_redactor(flow, state.redactor) if state.redactor else None
-        state.response_body = body
+        try:
+            body = state.response_body = flows.body_redactor(flow, state.redactor) if state.redactor else None
+        except Undecodable as error:
+            self._cut_unscanned(flow, exchange, error)
+            response.stream = lambda _: []
+            return
 
         def pass_on(chunk: bytes) -> Iterable[bytes]:
             exchange.response_bytes += len(chunk)
             if body is None:
                 return [chunk] if chunk else []
             try:
-                return list(body.feed(chunk) if chunk else body.finish())
+                return flows.scan(body, chunk)
             except Exception as error:
-                _log.error("a response could not be scanned and was cut: %s", where(error))
-                exchange.reason = Reason.SECRET_LEAK
-                self.abort(flow.client_conn)
+                self._cut_unscanned(flow, exchange, error)
                 return []
 
         response.stream = pass_on
 
+    def _cut_unscanned(self, flow: http.HTTPFlow, exchange: Exchange, error: Exception) -> None:
+        """What cannot be read could hide a secret."""
+        _log.error("a response could not be scanned and was cut: %s", where(error))
+        exchange.allowed, exchange.reason = False, Reason.SECRET_LEAK
+        self.abort(flow.client_conn)
+
     @guarded(_cut_flow)
     def response(self, flow: http.HTTPFlow) -> None:
         """The exchange is over, unless a WebSocket begins."""
+        flows.clean_response_trailers(flow, state_of(flow).redactor)
         if not flow.websocket:
             self._record(flow)
 
@@ -343,7 +368,7 @@ class Addon:
     def error(self, flow: http.HTTPFlow) -> None:
         """The exchange failed; where nothing was answered yet, say so in our words."""
         state = state_of(flow)
-        if state.decided and state.exchange and not state.exchange.status:
+        if state.decided and state.exchange and not state.exchange.status and not state.client_gone:
             self._upstream_failed(flow, state, state.exchange)
         self._record(flow)
 
@@ -352,8 +377,9 @@ class Addon:
         dial = peer.dials.get((flow.request.host, flow.request.port)) if peer else None
         reason = (dial.failure if dial else None) or Reason.UPSTREAM_UNREACHABLE
         exchange.reason = reason
-        exchange.allowed = reason is not Reason.PRIVATE_ADDRESS
+        exchange.allowed = reason not in (Reason.PRIVATE_ADDRESS, Reason.INTERNAL)
         exchange.status = reason.status
+        state.answered = True
         flow.response = flows.refusal(Refused(reason), exchange, state.view)
 
     @guarded(_cut_flow)
@@ -377,6 +403,39 @@ class Addon:
     def websocket_end(self, flow: http.HTTPFlow) -> None:
         """The exchange of a WebSocket is over."""
         self._record(flow)
+
+    # For drivers
+
+    def tunnel_of(self, client: connection.Client | None) -> Tunnel | None:
+        """What the CONNECT of a connection fixed."""
+        peer = self.peers.get(client.id) if client else None
+        return peer.tunnel if peer else None
+
+    def certificate_host(self, client: connection.Client, server_name: str | None) -> Host:
+        """Whose certificate to show. The server name must be the CONNECT target; with another one the client gets that
+        one's certificate and nothing but refusals, which it can then read."""
+        peer = self.peers[client.id]
+        assert peer.tunnel
+        host = peer.tunnel.host
+        peer.sni_mismatch = not _names(server_name, host)
+        if peer.sni_mismatch:
+            with contextlib.suppress(ValueError):
+                host = Host.parse(server_name or "")
+        return host
+
+    def is_mismatched(self, client: connection.Client | None) -> bool:
+        """Whether the TLS of a connection named another host than its CONNECT."""
+        peer = self.peers.get(client.id) if client else None
+        return peer is not None and peer.sni_mismatch
+
+    def dial_of(self, flow: http.HTTPFlow) -> Dial:
+        """Where a decided flow goes."""
+        return self.peers[flow.client_conn.id].dials[flow.request.data.host, flow.request.data.port]
+
+    @staticmethod
+    def wants_close(flow: http.HTTPFlow) -> bool:
+        """Whether the client asked for the connection to be closed."""
+        return state_of(flow).close
 
     # Shared steps
 
@@ -410,7 +469,8 @@ class Addon:
         head = b"".join(b"%s: %s\r\n" % pair for pair in response.headers.fields)
         return b"HTTP/1.1 400 Bad Request\r\n" + head + b"\r\n" + (response.raw_content or b"")
 
-    def _record_refused_tunnel(self, client: connection.Client) -> None:
+    def refuse_tunnel(self, client: connection.Client) -> None:
+        """Record that no TLS followed a CONNECT."""
         peer = self.peers[client.id]
         exchange = self._exchange(peer)
         exchange.method, exchange.reason = "CONNECT", Reason.PROTOCOL_NOT_ALLOWED
@@ -474,9 +534,8 @@ class Addon:
 
     def _redactor(self, view: RequestView, sent: tuple[tuple[str, bytes], ...]) -> Replacer | None:
         """What must not come back: what was sent now, and whatever else is open that this host may know."""
-        known = tuple(
-            (lease.name, lease.secret.reveal()) for lease in self.runtime.leased() if lease.grant.covers_host(view)
-        )
+        open_ones = ((lease.name, lease.secret) for lease in self.runtime.leased() if lease.grant.covers_host(view))
+        known = secrets_known(open_ones)
         key = tuple(sorted({*sent, *known}))
         if not key:
             return None

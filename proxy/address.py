@@ -13,9 +13,15 @@ type Address = IPv4Address | IPv6Address
 
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 _NUMERIC = re.compile(r"[0-9]+|0x[0-9a-f]*")
-_NAT64 = (IPv6Network("64:ff9b::/96"), IPv6Network("64:ff9b:1::/48"))  # RFC 6052, RFC 8215
-_UNICAST6 = IPv6Network("2000::/3")
-_RELAY = IPv4Network("192.88.99.0/24")  # 6to4 relays, deprecated (RFC 7526)
+_NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052
+_UNICAST6 = IPv6Network("2000::/3")  # all that IANA has assigned for global unicast
+_SPECIAL: tuple[IPv4Network | IPv6Network, ...] = (  # not for dialling, whatever this Python's own tables say
+    IPv4Network("192.0.0.0/24"),  # protocol assignments (RFC 6890)
+    IPv4Network("192.88.99.0/24"),  # 6to4 relays, deprecated (RFC 7526)
+    IPv6Network("2001::/23"),  # protocol assignments (RFC 2928), among them Teredo and ORCHID
+    IPv6Network("3fff::/20"),  # documentation (RFC 9637)
+)
+_MAX_TEXT = 1024  # characters: a name has 253, but characters that UTS 46 maps to nothing may stand between them
 _ASCII_DOTS = str.maketrans("\u3002\uff0e\uff61", "...")  # UTS 46 section 2.3: other full stops
 
 
@@ -27,13 +33,15 @@ class Host:
     ip: Address | None = None
 
     @staticmethod
-    @lru_cache(maxsize=4096)
+    @lru_cache(maxsize=2048)
     def parse(text: str) -> Host:
         """The normal form of a host as a request spells it.
 
         Raises ValueError for what is no host, and for numbers that some resolvers read as an IPv4 address (RFC 3986
         section 7.4: `0x7f.1`, `2130706433`).
         """
+        if len(text) > _MAX_TEXT:
+            raise ValueError("a host name is not so long")
         if text.startswith("[") and text.endswith("]"):
             return _address(IPv6Address(_without_zone(text[1:-1])))
         if ":" in text:
@@ -57,8 +65,7 @@ class Host:
 
 
 def _address(ip: Address) -> Host:
-    if isinstance(ip, IPv6Address) and ip.ipv4_mapped:
-        ip = ip.ipv4_mapped  # one address, one spelling (RFC 4291 section 2.5.5.2)
+    ip = unmapped(ip)
     return Host(str(ip), ip)
 
 
@@ -118,33 +125,26 @@ class HostPattern:
         return ("", "*.", "**.")[self.depth] + self.name
 
 
+def unmapped(ip: Address) -> Address:
+    """The IPv4 address in an IPv4-mapped one (RFC 4291 section 2.5.5.2): one address, one spelling."""
+    return (ip.ipv4_mapped if isinstance(ip, IPv6Address) else None) or ip
+
+
 def is_public(ip: Address) -> bool:
     """Whether `ip` may be dialled because DNS said so: globally reachable unicast (IANA special-purpose registries).
 
-    An IPv4 address inside an IPv6 one (mapped RFC 4291, 6to4 RFC 3056, Teredo RFC 4380, NAT64 RFC 6052) is judged
-    as what it leads to.
+    An IPv4 address inside an IPv6 one (mapped RFC 4291, 6to4 RFC 3056, NAT64 RFC 6052) is judged as what it leads to.
     """
+    ip = unmapped(ip)
     if isinstance(ip, IPv6Address):
-        inner = _embedded(ip)
-        if inner is not None:
-            return all(is_public(address) for address in inner)
+        inner = IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else ip.sixtofour
+        if inner:
+            return is_public(inner)
         if ip not in _UNICAST6:
             return False
-    elif ip in _RELAY:
+    if any(ip in network for network in _SPECIAL):
         return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
-
-
-def _embedded(ip: IPv6Address) -> tuple[IPv4Address, ...] | None:
-    if ip.ipv4_mapped:
-        return (ip.ipv4_mapped,)
-    if ip.sixtofour:
-        return (ip.sixtofour,)
-    if ip.teredo:
-        return ip.teredo
-    if any(ip in network for network in _NAT64):
-        return (IPv4Address(int(ip) & 0xFFFFFFFF),)
-    return None
 
 
 def parse_authority(text: str) -> tuple[Host, int]:

@@ -119,8 +119,8 @@ def _listen(host: str, port: int) -> socket.socket:
             words = "address already in use; stop the other process or set admin: to a free port"
         else:
             # create_server adds the address to strerror; a resolver's error number is none of the system's.
-            resolving = isinstance(error, socket.gaierror) or error.errno is None
-            why = str(error.strerror or error) if resolving else os.strerror(error.errno or 0)
+            known = error.errno is not None and error.errno > 0
+            why = os.strerror(error.errno or 0) if known else str(error.strerror or error).partition(" (while")[0]
             words = f"{why.lower()}; set admin: to an address and port this user may listen on"
         raise UserError(f"{place}: {words}") from None
     listener.setblocking(False)

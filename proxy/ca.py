@@ -110,9 +110,15 @@ def load_authority(folder: Path, clock: Clock = utc_now) -> Authority:
         certificate = x509.load_pem_x509_certificate(certificate_file.read_bytes())
         key = serialization.load_pem_private_key(key_file.read_bytes(), password=None)
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and folder.is_dir():
+            raise UserError(
+                f"{error.filename} is missing; restore it, or remove the other one too to start anew"
+            ) from None
         raise UserError(
             f"{error.filename or folder}: {error.strerror}; point certs: at a folder that belongs to you"
         ) from None
+    except TypeError:  # cryptography's word for a key that needs a password
+        raise UserError(f"{key_file} is encrypted; store it as a plain PEM file with mode 0600") from None
     except ValueError:
         raise UserError(
             f"{folder}: ca.pem or ca.key is not a PEM file; restore both, or remove both to start anew"
@@ -126,6 +132,11 @@ def load_authority(folder: Path, clock: Clock = utc_now) -> Authority:
 
 def _check_private(key_file: Path) -> None:
     status = key_file.stat()
+    if status.st_uid != os.geteuid():
+        raise UserError(
+            f"{key_file} belongs to user {status.st_uid}, and this is user {os.geteuid()}: "
+            "point certs: at a folder that belongs to you"
+        )
     if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise UserError(f"{key_file} can be read by others; run: chmod 600 {key_file}")
 
@@ -146,7 +157,7 @@ def _create(folder: Path, certificate_file: Path, key_file: Path, now: datetime.
 
 
 def _write(path: Path, data: bytes, mode: int) -> None:
-    """Whole or not at all, so that an interrupted first run is repeated by the next."""
+    """Whole or not at all."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(data)
         file.flush()

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from proxy.agent import Agent, AgentState
+from proxy.agent import Agent, AgentState, parse_agent_id
 from proxy.explain import explain, parse_url
 from proxy.masterkey import load_master_key
 from proxy.problem import Problem, Problems, UserError
@@ -19,7 +19,7 @@ from proxy.rulerisk import unknown_credentials
 from proxy.ruletest import Case, load_tests
 from proxy.ruletest import run_tests as run_cases
 from proxy.settings import Settings
-from proxy.snapshot import TESTS, read_policy, shown
+from proxy.snapshot import TESTS, read_files, read_policy, shown, yaml_files
 from proxy.store import Store
 from proxy.vault import Vault
 
@@ -77,14 +77,14 @@ def _test_problems(path: Path) -> Iterable[Problem]:
 
 
 def _cases(path: Path) -> list[Case]:
-    return load_tests({shown(file): file.read_bytes() for file in test_files(path)})
+    return load_tests(read_files(test_files(path)))
 
 
 def test_files(path: Path) -> list[Path]:
     """The test files at or below `path`."""
     if path.is_file():
         return [path] if path.name.endswith(TESTS) else []
-    return sorted(path.rglob(f"*{TESTS}"))
+    return [file for file in yaml_files(path) if file.name.endswith(TESTS)]
 
 
 def run_tests(rules: Callable[[], Path], paths: Sequence[Path]) -> int:
@@ -124,7 +124,10 @@ def explain_request(settings: Settings, arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(f"{arguments.url}: {error}") from None
     labels = pairs(arguments.label, "--label")
-    agent = _agent(settings, arguments.agent, labels)
+    try:
+        agent = _agent(settings, parse_agent_id(arguments.agent), labels)
+    except ValueError as error:
+        raise UserError(f"--agent: {error}") from None
     explanation = explain(policy, agent, view)
     print(json.dumps(explanation.as_json()) if arguments.json else explanation.as_text())
     return 0
@@ -144,5 +147,3 @@ def _agent(settings: Settings, agent_id: str, labels: dict[str, str]) -> Agent:
         return asyncio.run(show())
     except UserError:
         return unregistered
-
-

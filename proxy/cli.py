@@ -244,9 +244,9 @@ def _agent_env(arguments: Arguments) -> int:
         return await registry.reissue(arguments.id)
 
     authority = load_authority(settings.certs)
-    bundle = arguments.ca or str(write_bundle(settings.certs, authority.pem))
+    bundle, wgetrc = (arguments.ca, "") if arguments.ca else map(str, write_bundle(settings.certs, authority.pem))
     proxy = arguments.proxy or Running.read(settings).reachable
-    values = variables(arguments.id, _with_store(settings, token), proxy, bundle)
+    values = variables(arguments.id, _with_store(settings, token), proxy, bundle, wgetrc)
     if arguments.json:
         _print_json(values)
     else:
@@ -526,10 +526,12 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("-H", "--header", action="append", default=[], metavar="'K: V'")
     explain.add_argument("--data", metavar="D|@FILE", help="the request's body")
 
-    _agent_parser(verbs, verb)
-    _vault_parser(verbs, verb)
+    def group(name: str, text: str) -> Any:
+        return verbs.add_parser(name, parents=[common], help=text).add_subparsers(required=True, metavar="COMMAND")
 
-    ca = verbs.add_parser("ca", help="the CA certificate").add_subparsers(required=True, metavar="COMMAND")
+    _agent_parser(group("agent", "register, show and stop agents"), verb)
+    _vault_parser(group("vault", "seal, list and rotate credentials"), verb)
+    ca = group("ca", "the CA certificate")
     export = verb(ca, "export", _ca_export, "print the CA certificate")
     export.add_argument("--bundle", action="store_true", help="merged with the system's roots")
     schema = verb(verbs, "schema", _schema, "print a JSON Schema for editors")
@@ -537,10 +539,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _agent_parser(verbs: Any, verb: Callable[..., argparse.ArgumentParser]) -> None:
-    agent = verbs.add_parser("agent", help="register, show and stop agents").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
+def _agent_parser(agent: Any, verb: Callable[..., argparse.ArgumentParser]) -> None:
     add = verb(agent, "add", _agent_add, "register an agent; prints its token once", data=True)
     add.add_argument("id", metavar="ID")
     add.add_argument("--label", action="append", default=[], metavar="K=V")
@@ -566,10 +565,7 @@ def _agent_parser(verbs: Any, verb: Callable[..., argparse.ArgumentParser]) -> N
         switch.add_argument("--all", action="store_true")
 
 
-def _vault_parser(verbs: Any, verb: Callable[..., argparse.ArgumentParser]) -> None:
-    vault = verbs.add_parser("vault", help="seal, list and rotate credentials").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
+def _vault_parser(vault: Any, verb: Callable[..., argparse.ArgumentParser]) -> None:
     put = verb(vault, "put", _vault_put, "seal a credential; the secret comes from standard input", data=True)
     put.add_argument("name", metavar="NAME")
     put.add_argument(

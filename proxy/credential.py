@@ -6,10 +6,11 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 
+from proxy.forms import MIN_REDACTABLE
 from proxy.problem import UserError
 from proxy.secret import Secret
 
-MAX_SECRET = 1 << 20  # bytes
+MAX_SECRET = 64 << 10  # bytes: no server takes more in a header, and it is searched for in every answer
 KINDS: Mapping[str, tuple[str, ...]] = {  # kind -> the fields it may have
     "static": (),
     "bearer": (),
@@ -51,12 +52,12 @@ def check_kind(kind: str, fields: Mapping[str, str]) -> None:
 
 
 def check_secret(secret: Secret, kind: str) -> None:
-    """Raises UserError unless `secret` is 1 byte to 1 MiB and can be injected as `kind` says. Never quotes it."""
+    """Raises UserError unless `secret` is 1 byte to 64 KiB and can be injected as `kind` says. Never quotes it."""
     value = secret.reveal()
     if not value:
         raise UserError("the secret is empty: write it to standard input, or use --from-env or --from-file")
     if len(value) > MAX_SECRET:
-        raise UserError(f"the secret has {len(value)} bytes, more than 1 MiB: check that it is the right file")
+        raise UserError(f"the secret has {len(value)} bytes, more than 64 KiB: check that it is the right file")
     if kind != "placeholder" and any(byte in value for byte in (b"\r", b"\n", b"\0")):
         # CR, LF and NUL would end the field they are injected into (RFC 9110 section 5.5).
         raise UserError(
@@ -78,6 +79,8 @@ def clean_secret(data: bytes, kind: str) -> tuple[Secret, list[str]]:
             break
     secret = Secret(data)
     check_secret(secret, kind)
+    if len(data) < MIN_REDACTABLE:
+        notes.append(f"a secret of less than {MIN_REDACTABLE} bytes is not redacted when an upstream sends it back")
     return secret, notes
 
 

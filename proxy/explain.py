@@ -126,12 +126,11 @@ def _values_why(missing: str, rule: Rule, view: RequestView) -> str:
         if missing == "headers"
         else ("query parameter", rule.match.query, view.query_values)
     )
-    every = all if rule.action is Verdict.ALLOW else any
     for name, globs in conditions:
-        values = values_of(name)
-        if not values:
+        readings = values_of(name)
+        if not any(readings):
             return f"{what} {name} is missing"
-        if not every(any_glob(globs, value) for value in values):
+        if not rule.values_match(globs, readings):
             return f"{what} {name} is not {_either(globs)}"
     return what
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mitmproxy import http
 from mitmproxy.net.http import http1
+from wsproto.events import CloseConnection, Event, Ping, Pong
 
 from proxy.address import Host, parse_authority
-from proxy.coding import narrow_accept_encoding
+from proxy.coding import Undecodable, narrow_accept_encoding
 from proxy.exchange import Exchange, Injected
-from proxy.outbound import Opened, edit_headers, forwarded_headers
+from proxy.outbound import Opened, edit_headers
 from proxy.policy import Answer, Edit
 from proxy.reason import Reason
 from proxy.redact import BodyRedactor, Replacer, ReplacerStream
@@ -21,6 +22,13 @@ from proxy.request import DEFAULT_PORTS, Ambiguous, Field, RequestView, strip_he
 from proxy.upstream import Refused
 
 STATE = "sallyport"
+MAX_CONTROL = 125  # bytes in a control frame (RFC 6455 section 5.5)
+# Of a body that may be changed: how long it is, what it is the digest of (RFC 9530), that a part can be asked for.
+NO_LONGER_TRUE = (
+    *("content-encoding", "content-length", "accept-ranges"),
+    *("content-md5", "digest", "content-digest", "repr-digest"),
+)
+MAX_EXPANDED = 16 * 1024 * 1024  # bytes that one read of 64 KiB may decode to
 SESSION_HEADERS = frozenset({b"accept-encoding", b"range", b"if-range"})
 
 
@@ -52,7 +60,8 @@ class FlowState:
     recorded: bool = False
     request_stream: ReplacerStream | None = None
     response_body: BodyRedactor | None = None
-    failure: Reason | None = None
+    client_gone: bool = False
+    streamed: bool = False  # bytes of its body may have left
     close: bool = False  # the client wants the connection closed (RFC 9112 section 9.6)
     http10: bool = False
 
@@ -73,6 +82,8 @@ def view_of(flow: http.HTTPFlow, tunnel: Tunnel | None) -> RequestView:
     state, data = state_of(flow), flow.request.data
     if tunnel:
         scheme, host, port = "https", tunnel.host, tunnel.port
+        if state.scheme not in ("", scheme):
+            raise Refused(Reason.AUTHORITY_MISMATCH)
         if state.authority:
             _agree(state.authority, scheme, host, port)
     else:
@@ -122,8 +133,9 @@ def proxy_authorization(flow: http.HTTPFlow) -> list[str]:
 def write_request(flow: http.HTTPFlow, view: RequestView, *, scanned: bool) -> None:
     """Make `flow` send `view` and nothing else. `scanned`: its response must be readable for redaction."""
     data = flow.request.data
-    headers: list[Field] = forwarded_headers(view.headers, websocket=view.upgrade == "websocket")
-    headers = strip_headers(headers, frozenset({b"host"}))
+    headers: list[Field] = strip_headers(view.headers, [b"host"])
+    if view.upgrade == "websocket":
+        headers += [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
     if scanned:
         accepted = [value.decode("latin-1") for name, value in headers if name.lower() == b"accept-encoding"]
         headers = strip_headers(headers, SESSION_HEADERS)  # a part of a body could be half a secret
@@ -133,6 +145,8 @@ def write_request(flow: http.HTTPFlow, view: RequestView, *, scanned: bool) -> N
     data.host, data.port = view.host.name, view.port
     data.path = view.path_and_query.encode("latin-1")
     if flow.request.is_http2:
+        if flow.request.headers.get("te") == "trailers":  # gRPC asks for it (RFC 9113 section 8.2.2 allows no other)
+            headers.append((b"te", b"trailers"))
         data.authority = authority
     else:
         data.authority = b""
@@ -176,7 +190,7 @@ def refusal(refused: Refused, exchange: Exchange, view: RequestView | None, *, h
     ]
     if reason.status == 407:
         headers.append((b"proxy-authenticate", b'Basic realm="sallyport"'))
-    if reason in (Reason.CREDENTIAL_UNAVAILABLE, Reason.POLICY_UNAVAILABLE, Reason.STORE_UNAVAILABLE):
+    if reason.status in (429, 503):
         headers.append((b"retry-after", b"5"))
     return _response(reason.status, headers, body)
 
@@ -206,6 +220,8 @@ def clean_response_headers(flow: http.HTTPFlow, edits: Iterable[Edit], redactor:
         b"proxy-authorization",
         b"alt-svc",
     }
+    if flow.response.status_code != 101:
+        drop.add(b"upgrade")
     fields = [
         (name, b" ".join(value.split(b"\r\n")).replace(b"\n", b" ").replace(b"\r", b" "))
         for name, value in flow.response.headers.fields
@@ -221,13 +237,48 @@ def clean_response_headers(flow: http.HTTPFlow, edits: Iterable[Edit], redactor:
         fields = [(name, _redacted(value, redactor, exchange)) for name, value in fields]
         flow.response.data.reason = _redacted(flow.response.data.reason, redactor, exchange)
     flow.response.data.headers = http.Headers(fields)
+    _frame(flow, flow.response)
 
 
-def _redacted(value: bytes, redactor: Replacer, exchange: Exchange | None) -> bytes:
+def _frame(flow: http.HTTPFlow, response: http.Response) -> None:
+    """A body that its upstream ends by closing is chunked: the client's connection is another one."""
+    fields = response.headers
+    if flow.request.is_http2 or flow.request.method == "HEAD" or response.status_code in (101, 204, 304):
+        return
+    if state_of(flow).http10:
+        if fields.pop("transfer-encoding", None) or "content-length" not in fields:
+            fields["connection"] = "close"
+    elif "content-length" not in fields and "transfer-encoding" not in fields:
+        fields["transfer-encoding"] = "chunked"
+
+
+def clean_response_trailers(flow: http.HTTPFlow, redactor: Replacer | None) -> None:
+    """Redact the trailers of an HTTP/2 response."""
+    if flow.response and flow.response.trailers and redactor:
+        exchange = state_of(flow).exchange
+        fields = [(name, _redacted(value, redactor, exchange)) for name, value in flow.response.trailers.fields]
+        flow.response.trailers = http.Headers(fields)
+
+
+def clean_control_frame(flow: http.HTTPFlow, event: Event) -> Event:
+    """A WebSocket's ping, pong or close with what it says redacted; of any other event nothing changes."""
+    state = state_of(flow)
+    if state.redactor is None:
+        return event
+    if isinstance(event, (Ping, Pong)):
+        said = _redacted(bytes(event.payload), state.redactor, state.exchange, "websocket")
+        return replace(event, payload=said[:MAX_CONTROL])
+    if isinstance(event, CloseConnection) and event.reason:
+        said = _redacted(event.reason.encode(), state.redactor, state.exchange, "websocket")
+        return replace(event, reason=said[: MAX_CONTROL - 2].decode(errors="ignore"))  # behind a code of 2 bytes
+    return event
+
+
+def _redacted(value: bytes, redactor: Replacer, exchange: Exchange | None, where: str = "header") -> bytes:
     value, found = redactor.replace(value)
     if exchange:
         for credential, times in found.items():
-            exchange.redacted[credential, "header"] += times
+            exchange.redacted[credential, where] += times
     return value
 
 
@@ -242,7 +293,7 @@ def body_redactor(flow: http.HTTPFlow, redactor: Replacer) -> BodyRedactor | Non
         return None
     fields = response.headers
     body = BodyRedactor(redactor, ",".join(fields.get_all("content-encoding")))
-    for name in ("content-encoding", "content-length", "content-md5", "digest", "accept-ranges"):
+    for name in NO_LONGER_TRUE:
         fields.pop(name, None)
     if state_of(flow).http10:
         fields["connection"] = "close"
@@ -250,3 +301,17 @@ def body_redactor(flow: http.HTTPFlow, redactor: Replacer) -> BodyRedactor | Non
     elif not flow.request.is_http2:
         fields["transfer-encoding"] = "chunked"
     return body
+
+
+def scan(body: BodyRedactor, chunk: bytes) -> list[bytes]:
+    """What of a response body can be passed on after `chunk`; an empty one ends it.
+
+    Raises Undecodable, also where a few bytes decode to so many that they could not be held for a slow client.
+    """
+    pieces, size = [], 0
+    for piece in body.feed(chunk) if chunk else body.finish():
+        pieces.append(piece)
+        size += len(piece)
+        if size > MAX_EXPANDED:
+            raise Undecodable("a few bytes of the body decode to too many")
+    return pieces

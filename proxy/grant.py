@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -9,6 +10,9 @@ from proxy.address import HostPattern
 from proxy.agent import NEVER, Agent
 from proxy.pattern import Glob, any_glob, path_glob, text_glob
 from proxy.request import RequestView, parse_path_pattern
+
+_METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
+_AGENTS = re.compile(r"[A-Za-z0-9._*-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,10 @@ class Grant:
         method_texts = tuple(method.upper() for method in methods)
         path_texts = tuple(parse_path_pattern(path) for path in paths)
         agent_texts = tuple(agents)
+        for texts, pattern, what in ((method_texts, _METHOD, "a method"), (agent_texts, _AGENTS, "an agent or glob")):
+            wrong = next((text for text in texts if not pattern.fullmatch(text)), None)
+            if wrong is not None:
+                raise ValueError(f'"{wrong}" is not {what}')
         return Grant(
             host_texts,
             method_texts,

@@ -1,6 +1,6 @@
-"""mitmproxy's HTTP layers made strict: what a hostile peer may send is refused or cut before mitmproxy acts on it.
+"""mitmproxy's layers made strict: what may follow a CONNECT, one request, and the connections that carry requests.
 
-No policy lives here; each class mends one thing that is written beside it.
+No policy lives here; each class mends what is written beside it. HTTP/1 as bytes is in `strict1`.
 """
 
 from __future__ import annotations
@@ -8,18 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from h11 import EndOfMessage
-from h11._readers import ChunkedReader
 from mitmproxy import http
-from mitmproxy.connection import ConnectionState
+from mitmproxy.connection import Connection, ConnectionState, Server
 from mitmproxy.net.http import http1
 from mitmproxy.proxy import commands, events, layer
 from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.layers import http as http_layers
-from mitmproxy.proxy.layers.http import _http1
-from mitmproxy.proxy.layers.http._base import HttpEvent, ReceiveHttp
+from mitmproxy.proxy.layers import websocket
+from mitmproxy.proxy.layers.http import _http2
 from mitmproxy.proxy.layers.http._events import (
     ErrorCode,
+    RequestData,
     RequestHeaders,
     RequestProtocolError,
     ResponseData,
@@ -28,23 +27,22 @@ from mitmproxy.proxy.layers.http._events import (
     ResponseProtocolError,
 )
 from mitmproxy.proxy.layers.http._hooks import (
-    HttpConnectHook,
     HttpErrorHook,
     HttpRequestHeadersHook,
     HttpRequestHook,
     HttpResponseHeadersHook,
 )
+from mitmproxy.proxy.layers.tls import ClientTLSLayer
 
-from proxy.flow import STATE, FlowState
-from proxy.framing import HEAD_END, head_problem
+from proxy.flow import STATE, FlowState, clean_control_frame, state_of
+from proxy.http1 import CONSUMED_BODY
+from proxy.strict1 import StrictServer
+from proxy.tls import say_goodbye
 
 type Generator = layer.CommandGenerator[None]
 
-MAX_INFORMATIONAL = 16
-MAX_RESPONSE_HEAD = 256 * 1024
-LINGER_BYTES = 4 * 1024 * 1024
-LINGER_SECONDS = 2.0
-CONSUMED_BODY = 64 * 1024  # a refused body up to this is read, so that the connection can be kept
+MAX_CLIENT_HELLO = 64 * 1024  # bytes; mitmproxy parses all of it again with every packet
+NOWHERE = "unknown.invalid"  # RFC 6761 section 6.4
 
 
 class Refuse(layer.Layer):
@@ -55,149 +53,52 @@ class Refuse(layer.Layer):
             yield commands.CloseConnection(self.context.client)
 
 
-class StrictServer(_http1.Http1Server):
-    """Reads requests: heads are bounded and checked; after an early answer the rest of a body is not waited for."""
+class ClientTls(ClientTLSLayer):
+    """TLS with a client: its hello is bounded, and it is told when we close (RFC 8446 section 6.1)."""
 
-    def __init__(self, context: Context, head_limit: int, refuse_head: Callable[[Any, str], bytes]) -> None:
-        super().__init__(context)
-        self.head_limit = head_limit
-        self.refuse_head = refuse_head
-        self.lingered = 0
+    def receive_handshake_data(self, data: bytes) -> layer.CommandGenerator[tuple[bool, str | None]]:
+        """The next bytes of the handshake; 1 is the type of a ClientHello (RFC 8446 section 4)."""
+        hello = b"" if self.client_hello_parsed else bytes(self.recv_buffer) + data
+        if len(hello) > MAX_CLIENT_HELLO or hello[5:6] not in (b"", b"\1"):
+            return False, "no ClientHello"
+        return (yield from super().receive_handshake_data(data))
 
-    def read_headers(self, event: events.ConnectionEvent) -> Generator:
-        """The next request head (RFC 9112 section 2.2: empty lines before it are skipped)."""
-        if isinstance(event, events.DataReceived):
-            while bytes(self.buf._data[:2]) == b"\r\n":
-                self.buf.maybe_extract_at_most(2)
-            if not self.buf:
-                return
-            end = self.buf._data.find(HEAD_END, 0, self.head_limit)
-            if end < 0 and len(self.buf) < self.head_limit and b"\n\n" not in self.buf._data:
-                return
-            if end < 0:
-                problem: str | None = f"its head is malformed or larger than {self.head_limit} bytes"
-            else:
-                problem = head_problem(bytes(self.buf._data[:end]))
-            if problem:
-                yield from self._close_with(self.refuse_head(self.context.client, problem))
-                return
-        elif isinstance(event, events.ConnectionClosed):
-            yield commands.CloseConnection(self.conn)  # mitmproxy would log what the client sent
-            return
-        yield from super().read_headers(event)
+    def receive_data(self, data: bytes) -> Generator:
+        """Bytes of the tunnel; behind a handshake that failed there is none."""
+        if self.tls:
+            yield from super().receive_data(data)
 
-    def send(self, event: HttpEvent) -> Generator:
-        """Answers; one that comes before the request's body was read ends the connection."""
-        if isinstance(event, ResponseProtocolError):  # mitmproxy's page would quote what a peer sent
-            if event.code is ErrorCode.PASSTHROUGH_CLOSE:
-                yield from self._close_with(b"")
-            elif self.conn.state & ConnectionState.CAN_WRITE:
-                yield commands.CloseConnection(self.conn)
-            return
-        early = isinstance(event, ResponseEndOfMessage) and not self.request_done
-        yield from super().send(event)
-        if early and self.response and self.response.status_code != 101 and self.conn.state:
-            yield from self._close_with(b"")
-
-    def _close_with(self, answer: bytes) -> Generator:
-        if answer:
-            yield commands.SendData(self.conn, answer)
-        # A close with unread input would be a reset, and the client would lose the answer (RFC 9112 section 9.6).
-        yield commands.CloseTcpConnection(self.conn, half_close=True)
-        yield commands.RequestWakeup(LINGER_SECONDS)
-        self.buf.maybe_extract_at_most(len(self.buf))
-        self.state = self.linger
-
-    def linger(self, event: events.Event) -> Generator:
-        """Discards what the client still sends, up to a bound."""
-        if isinstance(event, events.DataReceived):
-            self.buf.maybe_extract_at_most(len(self.buf))
-            self.lingered += len(event.data)
-            if self.lingered < LINGER_BYTES:
-                return
-        yield commands.CloseConnection(self.conn)
-        self.state = self.done
-
-
-class StrictClient(_http1.Http1Client):
-    """Reads responses: heads are bounded, 1xx ones are skipped (RFC 9110 section 15.2), 101 only if asked for."""
-
-    skipped = 0
-
-    def read_headers(self, event: events.ConnectionEvent) -> Generator:
-        """The next final response head."""
-        if isinstance(event, events.DataReceived) and self.request:
-            while (end := self.buf._data.find(HEAD_END)) >= 0 and self._informational():
-                self.buf.maybe_extract_at_most(end + len(HEAD_END))
-                self.skipped += 1
-            unasked = self.buf._data[9:12] == b"101" and "upgrade" not in self.request.headers
-            if unasked or self.skipped > MAX_INFORMATIONAL or (end < 0 and len(self.buf) > MAX_RESPONSE_HEAD):
-                yield from self._give_up("the upstream does not answer in HTTP")
-                return
-            if not self.buf:
-                return
-        elif isinstance(event, events.ConnectionClosed) and self.buf:
-            self.buf.maybe_extract_at_most(len(self.buf))  # mitmproxy would quote it
-        self.skipped = 0 if b"\r\n\r\n" in self.buf._data else self.skipped
-        yield from super().read_headers(event)
-
-    def _informational(self) -> bool:
-        status = bytes(self.buf._data[:12])
-        return status[:7] == b"HTTP/1." and status[9:10] == b"1" and status[9:12] != b"101"
-
-    def _give_up(self, why: str) -> Generator:
-        assert self.stream_id is not None
-        self.buf.maybe_extract_at_most(len(self.buf))
-        yield commands.CloseConnection(self.conn)
-        yield ReceiveHttp(ResponseProtocolError(self.stream_id, why, ErrorCode.GENERIC_SERVER_ERROR))
-
-
-class _NoTrailers:
-    """h11's chunked reader without trailers, which crash mitmproxy's layer (RFC 9110 section 6.5.1 allows it)."""
-
-    def __init__(self) -> None:
-        self.reader = ChunkedReader()
-
-    def __call__(self, buf: Any) -> Any:
-        event = self.reader(buf)
-        return EndOfMessage() if isinstance(event, EndOfMessage) else event
-
-    def read_eof(self) -> Any:
-        return self.reader.read_eof()
-
-
-def _body_reader(size: int | None, make: Callable[[int | None], Any] = _http1.make_body_reader) -> Any:
-    return _NoTrailers() if size is None else make(size)
-
-
-# mitmproxy offers no other way to choose these two.
-_http1.make_body_reader = _body_reader  # type: ignore[assignment]  # a duck of the same three readers
-http_layers.Http1Client = StrictClient  # type: ignore[attr-defined]
+    def send_close(self, command: commands.CloseConnection) -> Generator:
+        """Without close_notify a client must take the last response for cut off."""
+        if self.tls and self.conn.state & ConnectionState.CAN_WRITE:
+            say_goodbye(self.tls)
+            yield from self.tls_interact()
+        yield from super().send_close(command)
 
 
 class Stream(http_layers.HttpStream):
     """One request: a refusal is answered at once, and a failed upstream is answered by us, not by mitmproxy."""
 
+    line: FlowState
+
     def state_wait_for_request_headers(self, event: RequestHeaders) -> Generator:
         """Runs the hook; where that refused, the body is not waited for and no 100 Continue is sent."""
-        line = FlowState(event.request.data.scheme.decode("latin-1"), event.request.data.authority.decode("latin-1"))
+        data = event.request.data
+        self.line = FlowState(data.scheme.decode("latin-1"), data.authority.decode("latin-1"))
+        if not data.host:
+            data.host = NOWHERE  # or mitmproxy takes it from Host, and hangs up where there is none
         steps = super().state_wait_for_request_headers(event)
-        reply: Any = None
-        while True:
-            try:
-                command = steps.send(reply)
-            except StopIteration:
-                return
-            if isinstance(command, (HttpRequestHeadersHook, HttpConnectHook)):
-                self.flow.metadata[STATE] = line
-            reply = yield command
-            hooked = isinstance(command, HttpRequestHeadersHook)
-            if hooked and self.flow.response and not event.end_stream and not self._small_body():
-                steps.close()
-                yield from self._answer_now()
-                return
+
+        def refused(command: commands.Command) -> bool:
+            answered = isinstance(command, HttpRequestHeadersHook) and bool(self.flow.response)
+            return answered and not event.end_stream and not self._small_body()
+
+        if (yield from _until(steps, refused))[0]:
+            yield from self._answer_now()
 
     def _small_body(self) -> bool:
+        if self.flow.request.is_http2 and "content-length" not in self.flow.request.headers:
+            return False
         try:
             size = http1.expected_http_body_size(self.flow.request)
         except ValueError:
@@ -212,31 +113,54 @@ class Stream(http_layers.HttpStream):
         yield HttpResponseHeadersHook(self.flow)
         self.client_state = self.server_state = self.state_done
         yield from self.send_response()
+        self.client_state = self.server_state = self.state_errored  # which takes no offence at what still comes
+
+    def check_invalid(self, request: bool) -> layer.CommandGenerator[bool]:
+        """A head that mitmproxy finds malformed is answered by us."""
+        if request:
+            self.flow.metadata[STATE] = self.line
+        stopped, invalid = yield from _until(super().check_invalid(request), self._answered_error)
+        if stopped:
+            yield from self._answer_failure()
+        return stopped or bool(invalid)
 
     def handle_protocol_error(self, event: RequestProtocolError | ResponseProtocolError) -> Generator:
         """An upstream that failed before its answer began: the error hook has written ours."""
-        waiting = self.server_state in (self.state_wait_for_response_headers, self.state_consume_response_body)
-        steps = super().handle_protocol_error(event)
-        reply: Any = None
-        while True:
-            try:
-                command = steps.send(reply)
-            except StopIteration:
-                return
-            reply = yield command
-            failed = isinstance(command, HttpErrorHook)
-            if failed and waiting and isinstance(event, ResponseProtocolError) and self.flow.response:
-                steps.close()
-                yield from self._answer_failure()
-                return
+        if isinstance(event, RequestProtocolError):
+            state_of(self.flow).client_gone = True
+        if (yield from _until(super().handle_protocol_error(event), self._answered_error))[0]:
+            yield from self._answer_failure()
+
+    def _answered_error(self, command: commands.Command) -> bool:
+        state = state_of(self.flow)
+        return isinstance(command, HttpErrorHook) and state.answered and not state.client_gone
+
+    def send_response(self, already_streamed: bool = False) -> Generator:
+        """The response; where it is over before the request is, nobody waits for the rest of that."""
+        yield from super().send_response(already_streamed)
+        if self.server_state == self.state_done and self.client_state == self.state_stream_request_body:
+            self.client_state = self.server_state = self.state_errored
+            self.flow.live = False
+            gone = RequestProtocolError(self.stream_id, "answered early", ErrorCode.CANCEL)
+            yield http_layers.SendHttp(gone, self.context.server)
+            yield http_layers.DropStream(self.stream_id)
+            yield http_layers.SendHttp(ResponseEndOfMessage(self.stream_id), self.context.client)
+
+    def flow_done(self) -> Generator:
+        """The end of the exchange, or the beginning of a WebSocket."""
+        yield from super().flow_done()
+        if isinstance(self.child_layer, websocket.WebsocketLayer):
+            to_client: Any = self.child_layer.client_ws
+            send = to_client.send2
+            to_client.send2 = lambda event: send(clean_control_frame(self.flow, event))
 
     def _answer_failure(self) -> Generator:
         response = self.flow.response
         assert isinstance(response, http.Response)
         unread = self.client_state != self.state_done
-        if unread and not self.flow.request.is_http2:
+        if (unread or state_of(self.flow).close) and not self.flow.request.is_http2:
             response.headers["connection"] = "close"
-        self.client_state = self.server_state = self.state_done
+        self.client_state = self.server_state = self.state_errored
         content = response.raw_content or b""
         yield http_layers.SendHttp(ResponseHeaders(self.stream_id, response), self.context.client)
         yield http_layers.SendHttp(ResponseData(self.stream_id, content), self.context.client)
@@ -245,8 +169,33 @@ class Stream(http_layers.HttpStream):
         yield http_layers.SendHttp(ResponseEndOfMessage(self.stream_id), self.context.client)
 
 
+def _until(
+    steps: layer.CommandGenerator[Any], over: Callable[[commands.Command], bool]
+) -> layer.CommandGenerator[tuple[bool, Any]]:
+    """Passes on commands until one, when it was carried out, is `over`; whether one was, and else what `steps` says."""
+    reply: Any = None
+    while True:
+        try:
+            command = steps.send(reply)
+        except StopIteration as end:
+            return False, end.value
+        reply = yield command
+        if over(command):
+            steps.close()
+            return True, None
+
+
+class StrictServer2(_http2.Http2Server):
+    """HTTP/2 with a client; a stream that fails is reset without mitmproxy's page, which would quote a peer."""
+
+    def _handle_event(self, event: events.Event) -> Generator:
+        if isinstance(event, ResponseProtocolError) and event.code.http_status_code():
+            event.code = ErrorCode.KILL
+        yield from super()._handle_event(event)
+
+
 class HttpLayer(http_layers.HttpLayer):
-    """mitmproxy's HTTP layer with the stricter parts above."""
+    """mitmproxy's HTTP layer with the stricter parts above. An upstream connection that is over is forgotten."""
 
     def __init__(
         self,
@@ -256,10 +205,43 @@ class HttpLayer(http_layers.HttpLayer):
         refuse_head: Callable[[Any, str], bytes],
     ) -> None:
         super().__init__(context, mode)
-        if context.client.alpn != b"h2":
-            self.connections[context.client] = StrictServer(context.fork(), head_limit, refuse_head)
+        http2 = context.client.alpn == b"h2"
+        self.connections[context.client] = (
+            StrictServer2(context.fork()) if http2 else StrictServer(context.fork(), head_limit, refuse_head)
+        )
+
+    def _handle_event(self, event: events.Event) -> Generator:
+        if isinstance(event, events.ConnectionEvent) and event.connection not in self.connections:
+            return
+        yield from super()._handle_event(event)
+        if isinstance(event, events.ConnectionClosed) and event.connection.state is ConnectionState.CLOSED:
+            self._forget(event.connection)
+
+    def register_connection(self, command: http_layers.RegisterHttpConnection) -> Generator:
+        """A failed dial is not remembered: mitmproxy would fail every later request to the same place with it."""
+        if command.err:
+            self._forget(command.connection)
+        yield from super().register_connection(command)
+
+    def _forget(self, connection: Connection) -> None:
+        if isinstance(connection, Server):
+            self.connections.pop(connection, None)
 
     def make_stream(self, stream_id: int) -> Generator:
         """A stream of ours."""
         self.streams[stream_id] = Stream(self.context.fork(), stream_id)
         yield from self.event_to_child(self.streams[stream_id], events.Start())
+
+    def waiting(self) -> int:
+        """Bytes of request bodies that wait for a hook, or for an upstream to be connected; mitmproxy has no bound."""
+        events_ = (event for stream in self.streams.values() for event in stream._paused_event_queue)
+        return sum(len(event.data) for event in events_ if isinstance(event, RequestData))
+
+    def backlog(self, connection: Connection) -> int:
+        """Bytes of HTTP/2 bodies that wait for the windows of this peer."""
+        part: Any = self.connections.get(connection)
+        while part is not None and not isinstance(part, _http2.Http2Connection):
+            part = getattr(part, "child_layer", None)
+        if part is None:
+            return 0
+        return sum(len(piece.data) for waiting in part.h2_conn.stream_buffers.values() for piece in waiting)

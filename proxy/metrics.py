@@ -124,7 +124,7 @@ class Metrics:
 
         self._connections = gauge("connections", "Open client connections.", "listener")
         agents = gauge("agents", "Registered agents.", "state")
-        self._agent_gauges = {state: agents.labels(state.value) for state in AgentState}
+        self._agent_gauges = {state: agents.labels(state) for state in (*AgentState, "expired")}
         self._rule_count = gauge("rules", "Rules in force.")
         self._last_reload = gauge("rules_last_reload_success_timestamp_seconds", "When rules last loaded, Unix time.")
         self._store_gauge = gauge("store_up", "1 while the store answers.")

@@ -4,31 +4,18 @@ reveals a secret. Pure; what is allowed was decided before."""
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from urllib.parse import parse_qsl, quote, unquote_plus
+from urllib.parse import quote, unquote, unquote_plus, unquote_to_bytes
 
 from proxy.exchange import Injected
 from proxy.policy import Edit, Injection, Rewrite
-from proxy.request import DEFAULT_PORTS, Field, RequestView, strip_headers
+from proxy.request import DEFAULT_PORTS, Ambiguous, Field, RequestView, fold, is_own_header, strip_headers
 from proxy.secret import Secret
 
-# Connection-specific fields (RFC 9110 section 7.6.1), identity, and what reverse proxies in front of us add.
-HOP_BY_HOP = frozenset(
-    {
-        b"connection",
-        b"keep-alive",
-        b"proxy-authorization",
-        b"proxy-authenticate",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"upgrade",
-        b"http2-settings",
-    }
-)
-IDENTITY = frozenset({b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip", b"forwarded"})
-_INTERNAL = (b"x-envoy-", b"sallyport-")
+_HEADER_KINDS = frozenset({"bearer", "basic", "header", "cookie"})
+_NO_HEADER_BYTE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110 section 5.5
 
 
 class InjectionError(ValueError):
@@ -56,20 +43,6 @@ class Outbound:
     body: tuple[tuple[bytes, Opened], ...] = ()  # placeholder -> what replaces it while the body streams by
 
 
-def forwarded_headers(headers: Iterable[Field], *, websocket: bool) -> list[Field]:
-    """`headers` without those of one hop, those named by Connection, and identity that only we may state."""
-    headers = list(headers)
-    drop = HOP_BY_HOP | IDENTITY
-    for name, value in headers:
-        if name.lower() == b"connection":
-            listed = {token.strip().lower() for token in value.split(b",")}
-            drop |= listed - {b"host", b"content-length", b"transfer-encoding", b"authorization"}
-    kept = [field for field in strip_headers(headers, drop) if not field[0].lower().startswith(_INTERNAL)]
-    if websocket:
-        kept += [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
-    return kept
-
-
 def rewrite(view: RequestView, change: Rewrite) -> RequestView:
     """`view` with a rule's rewrite applied and normalised anew.
 
@@ -84,20 +57,34 @@ def rewrite(view: RequestView, change: Rewrite) -> RequestView:
     port = change.port or (DEFAULT_PORTS[view.scheme] if change.host else view.port)
     headers = edit_headers(view.headers, change.headers)
     target = f"{path}?{query}" if query else path
-    return RequestView.parse(view.method, view.scheme, host, port, target, headers)
+    return replace(view.retargeted(host, port, target), headers=tuple(headers))
 
 
 def edit_headers(headers: Iterable[Field], edit: Edit) -> list[Field]:
     """`headers` with every spelling of the names in `edit` removed, then those to set added once."""
-    names = {name.lower().encode("latin-1") for name in (*edit.set, *edit.remove)}
-    kept = strip_headers(headers, frozenset(names))
+    kept = strip_headers(headers, (name.encode("latin-1") for name in (*edit.set, *edit.remove)))
     return kept + [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in edit.set.items()]
 
 
 def _edit_query(query: str, edit: Edit) -> str:
+    """`query` without the names in `edit`, then those to set; what is neither stays as it was, byte for byte."""
     names = {*edit.set, *edit.remove}
-    kept = [pair for pair in query.split("&") if pair and unquote_plus(pair.partition("=")[0]) not in names]
-    return "&".join(kept + [f"{quote(key, safe='')}={quote(value, safe='')}" for key, value in edit.set.items()])
+    kept = []
+    for pair in query.split("&") if query else ():
+        # Some origins also separate by ";": a name they would read there goes too.
+        parts = [part for part in pair.split(";") if _parameter_name(part) not in names]
+        if _parameter_name(pair) not in names and parts:
+            kept.append(";".join(parts))
+    added = [f"{quote(key, safe='')}={_quoted(value)}" for key, value in edit.set.items()]
+    return "&".join(kept + added)
+
+
+def _parameter_name(pair: str) -> str:
+    return unquote_plus(pair.partition("=")[0])
+
+
+def _quoted(value: str) -> str:
+    return quote(value, safe="", errors="surrogateescape")
 
 
 def inject(outbound: Outbound, injection: Injection, opened: Opened) -> Outbound:
@@ -110,8 +97,8 @@ def inject(outbound: Outbound, injection: Injection, opened: Opened) -> Outbound
     secret = opened.secret.reveal()
     if kind == "placeholder":
         return _replace_placeholder(outbound, injection, opened, options)
-    if kind in ("bearer", "basic", "header", "cookie") and any(octet in secret for octet in b"\r\n\0"):
-        raise InjectionError("the secret holds a line break, which no header may")
+    if kind in _HEADER_KINDS:
+        _check_header(secret)
     if kind == "bearer":
         return _set_header(outbound, opened, "authorization", b"Bearer " + secret, secret)
     if kind == "basic":
@@ -123,19 +110,31 @@ def inject(outbound: Outbound, injection: Injection, opened: Opened) -> Outbound
         return _set_header(outbound, opened, options["name"], template.replace(b"{secret}", secret), secret)
     view = outbound.view
     if kind == "query":
-        try:
-            query = _edit_query(view.query, Edit(set={options["name"]: secret.decode()}))
-        except UnicodeDecodeError:
-            raise InjectionError("the secret is not text, which a query must be") from None
+        query = _edit_query(view.query, Edit(set={options["name"]: secret.decode(errors="surrogateescape")}))
         return _with(outbound, replace(view, query=query), opened, f"query:{options['name']}", secret)
     if kind == "cookie":
+        if b";" in secret:
+            raise InjectionError("the secret holds a semicolon, where a cookie ends")
         name = options["name"]
-        kept = [part.strip() for value in view.header_values("cookie") for part in value.split(";")]
-        kept = [part for part in kept if part and part.partition("=")[0].strip() != name]
-        cookie = "; ".join([*kept, f"{name}="]).encode("latin-1") + secret
-        headers = (*strip_headers(view.headers, frozenset({b"cookie"})), (b"Cookie", cookie))
+        cookie = b"; ".join([*_cookies(view, name), name.encode("latin-1") + b"=" + secret])
+        headers = (*strip_headers(view.headers, [b"cookie"]), (b"Cookie", cookie))
         return _with(outbound, replace(view, headers=headers), opened, f"cookie:{name}", secret)
     raise InjectionError("the rule does not say how to add the credential, and neither does its kind")
+
+
+def _check_header(secret: bytes) -> None:
+    if _NO_HEADER_BYTE.search(secret):
+        raise InjectionError("the secret holds a line break or control character, which no header may")
+
+
+def _cookies(view: RequestView, without: str) -> Iterator[bytes]:
+    """The cookies of a request as they are spelt, but for those some origin would take for `without`."""
+    for header, value in view.headers:
+        if fold(header) == b"cookie":
+            for part in filter(None, map(bytes.strip, value.split(b";"))):
+                names = (piece.partition(b"=")[0].strip() for piece in part.split(b","))  # RFC 2965: a comma separates
+                if all(unquote(name.decode("latin-1")) != without for name in names):
+                    yield part
 
 
 def _with(outbound: Outbound, view: RequestView, opened: Opened, location: str, *forms: bytes) -> Outbound:
@@ -148,8 +147,10 @@ def _with(outbound: Outbound, view: RequestView, opened: Opened, location: str, 
 
 
 def _set_header(outbound: Outbound, opened: Opened, name: str, value: bytes, *forms: bytes) -> Outbound:
-    key = name.lower().encode("latin-1")
-    headers = (*strip_headers(outbound.view.headers, frozenset({key})), (name.encode("latin-1"), value))
+    spelling = name.encode("latin-1")
+    if is_own_header(spelling):
+        raise InjectionError("the header is the proxy's own")
+    headers = (*strip_headers(outbound.view.headers, [spelling]), (spelling, value))
     return _with(outbound, replace(outbound.view, headers=headers), opened, f"header:{name.lower()}", *forms)
 
 
@@ -162,39 +163,23 @@ def _replace_placeholder(
     outbound: Outbound, injection: Injection, opened: Opened, options: Mapping[str, str]
 ) -> Outbound:
     places = injection.places or ("header",)
-    text = placeholder_of(opened.name, options)
-    mark, secret = text.encode(), opened.secret.reveal()
-    view, found = outbound.view, []
-    if "header" in places and any(octet in secret for octet in b"\r\n\0"):
-        raise InjectionError("the secret holds a line break, which no header may")
-    if "header" in places:
-        headers = tuple((name, _in_header(value, mark, secret)) for name, value in view.headers)
-        if headers != view.headers:
-            found.append("header")
-            view = replace(view, headers=headers)
-    escaped = quote(secret, safe="")
-    if "query" in places and text in unquote_plus(view.query):
-        pairs = parse_qsl(view.query, keep_blank_values=True)
-        query = "&".join(f"{quote(key, safe='')}={quote(value, safe='')}" for key, value in pairs)
-        view = replace(view, query=query.replace(quote(text, safe=""), escaped))
-        found.append("query")
-    if "path" in places and text in view.path:
-        if secret in (b".", b".."):
-            raise InjectionError("the secret would change the path")
-        view = RequestView.parse(
-            view.method,
-            view.scheme,
-            view.host,
-            view.port,
-            view.path.replace(text, escaped) + (f"?{view.query}" if view.query else ""),
-            view.headers,
-        )
-        found.append("path")
-    for place in found:
-        outbound = _with(outbound, view, opened, f"placeholder:{place}", secret, escaped.encode())
+    mark, secret = placeholder_of(opened.name, options).encode(), opened.secret.reveal()
+    escaped = quote(secret, safe="").encode()
+    for place, put in _PLACES.items():
+        view = put(outbound.view, mark, secret) if place in places else outbound.view
+        if view is not outbound.view:
+            outbound = _with(outbound, view, opened, f"placeholder:{place}", secret, escaped)
     if "body" in places:
         outbound = replace(outbound, body=(*outbound.body, (mark, opened)))
     return outbound
+
+
+def _in_headers(view: RequestView, mark: bytes, secret: bytes) -> RequestView:
+    headers = tuple((name, _in_header(value, mark, secret)) for name, value in view.headers)
+    if headers == view.headers:
+        return view
+    _check_header(secret)
+    return replace(view, headers=headers)
 
 
 def _in_header(value: bytes, mark: bytes, secret: bytes) -> bytes:
@@ -208,3 +193,47 @@ def _in_header(value: bytes, mark: bytes, secret: bytes) -> bytes:
     except ValueError:
         return value
     return scheme + b" " + base64.b64encode(pair.replace(mark, secret)) if mark in pair else value
+
+
+def _in_query(view: RequestView, mark: bytes, secret: bytes) -> RequestView:
+    def put(part: re.Match[str]) -> str:
+        octets = unquote_to_bytes(part[0].replace("+", " "))
+        return quote(octets.replace(mark, secret), safe="") if mark in octets else part[0]
+
+    query = re.sub("[^&=]+", put, view.query)
+    return view if query == view.query else replace(view, query=query)
+
+
+def _in_path(view: RequestView, mark: bytes, secret: bytes) -> RequestView:
+    spelling = quote(mark, safe="~!$&'()*,=:@")  # as it stands in the normal form
+    path = view.path.replace(spelling, quote(secret, safe=""))
+    if path == view.path:
+        return view
+    if not {".", ".."}.isdisjoint(path.split("/")):
+        raise InjectionError("the secret would change the path")
+    try:
+        return view.retargeted(view.host, view.port, f"{path}?{view.query}" if view.query else path)
+    except Ambiguous:
+        raise InjectionError("the secret cannot stand in a path") from None
+
+
+_PLACES: Mapping[str, Callable[[RequestView, bytes, bytes], RequestView]] = {
+    "header": _in_headers,
+    "query": _in_query,
+    "path": _in_path,
+}
+
+
+def secrets_sent(outbound: Outbound) -> tuple[tuple[str, bytes], ...]:
+    """Credential -> each form in which its secret is sent, in a body too: none of them may come back."""
+    return outbound.sent + tuple((opened.name, opened.secret.reveal()) for _, opened in outbound.body)
+
+
+def secrets_known(opened: Iterable[tuple[str, Secret]]) -> tuple[tuple[str, bytes], ...]:
+    """The same for credentials that were not sent now."""
+    return tuple((name, secret.reveal()) for name, secret in opened)
+
+
+def body_placeholders(outbound: Outbound) -> dict[bytes, tuple[bytes, str]]:
+    """Placeholder -> the secret that replaces it while the body streams by, and its credential."""
+    return {mark: (opened.secret.reveal(), opened.name) for mark, opened in outbound.body}

@@ -56,6 +56,9 @@ def _glob(text: str, wildcards: dict[str, str]) -> Glob:
     prefix = text.rstrip("*")
     if "*" not in prefix and (text.endswith("**") or wildcards["*"] == ".*"):
         return Glob(text, lambda value: value.startswith(prefix))
+    suffix = text.removeprefix("/**")
+    if "*" not in suffix and suffix.startswith("/") and "/**/" in wildcards:
+        return Glob(text, lambda value: value.endswith(suffix) and value.startswith("/"))
     regex, at = [], 0
     while at < len(text):
         wildcard = next((key for key in wildcards if text.startswith(key, at)), None)
@@ -67,4 +70,7 @@ def _glob(text: str, wildcards: dict[str, str]) -> Glob:
 
 def any_glob(globs: tuple[Glob, ...], value: str) -> bool:
     """Whether one of `globs` matches `value`; no globs match everything."""
-    return not globs or any(glob.matches(value) for glob in globs)
+    for glob in globs:  # `any` takes three times as long
+        if glob.matches(value):
+            return True
+    return not globs

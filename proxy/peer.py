@@ -10,6 +10,7 @@ from mitmproxy import connection, http
 
 from proxy.address import Host
 from proxy.flow import Tunnel
+from proxy.layers import HttpLayer
 from proxy.reason import Reason
 from proxy.settingvalue import Listener
 
@@ -42,3 +43,4 @@ class Peer:
     dials: dict[tuple[str, int], Dial] = field(default_factory=dict)
     open: dict[int, http.HTTPFlow] = field(default_factory=dict)  # not recorded yet
     agents: set[str] = field(default_factory=set)
+    http: HttpLayer | None = None  # inside the tunnel

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 
 import re2
 
@@ -33,9 +34,10 @@ class AgentMatch:
 
     def matches(self, agent: Agent) -> bool:
         """Whether the rule is for `agent`."""
-        return any_glob(self.ids, agent.id) and all(
-            key in agent.labels and any_glob(globs, agent.labels[key]) for key, globs in self.labels
-        )
+        for key, globs in self.labels:
+            if key not in agent.labels or not any_glob(globs, agent.labels[key]):
+                return False
+        return any_glob(self.ids, agent.id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +135,14 @@ class Rule:
 
         Where a request has several readings or values, an allow rule must match every one and a block rule any.
         """
-        match = self.match
-        if match.hosts and not any(pattern.matches(view.host) for pattern in match.hosts):
+        hosts = self.match.hosts
+        if hosts and not any(pattern.matches(view.host) for pattern in hosts):
             return "host"
+        return self.unmet(agent, view)
+
+    def unmet(self, agent: Agent, view: RequestView) -> str:
+        """The same for a request whose host is one of the rule's."""
+        match = self.match
         if match.schemes and view.scheme not in match.schemes:
             return "scheme"
         if not match.port_matches(view):
@@ -145,19 +152,22 @@ class Rule:
         if match.methods and view.method not in match.methods:
             return "method"
         every = all if self.action is Verdict.ALLOW else any
-        if (match.paths or match.path_regex) and not every(match.path_matches(path) for path in view.readings):
+        if (match.paths or match.path_regex) and not every(map(match.path_matches, view.readings)):
             return "path"
         for name, globs in match.query:
-            values = view.query_values(name)
-            if not values or not every(any_glob(globs, value) for value in values):
+            if not self.values_match(globs, view.query_values(name)):
                 return "query"
         for name, globs in match.headers:
-            values = view.header_values(name)
-            if not values or not every(any_glob(globs, value) for value in values):
+            if not self.values_match(globs, view.header_values(name)):
                 return "headers"
         if self.action is Verdict.BLOCK:
             return "websocket" if match.websocket and view.upgrade != "websocket" else ""
         return "websocket" if view.upgrade and not (match.websocket and view.upgrade == "websocket") else ""
+
+    def values_match(self, globs: tuple[Glob, ...], readings: Iterable[list[str]]) -> bool:
+        """Whether the values of a parameter or header, in each way to read the request, fit one of `globs`."""
+        every = all if self.action is Verdict.ALLOW else any
+        return every(bool(values) and every(any_glob(globs, value) for value in values) for values in readings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +188,7 @@ class Decision:
 class Policy:
     """An immutable set of rules, indexed by host so that only rules which may name a host are asked about it."""
 
-    __slots__ = ("_anywhere", "_below", "_exact", "_under", "digest", "rules", "tls_ports")
+    __slots__ = ("_anywhere", "_below", "_exact", "_naming", "_under", "digest", "rules", "tls_ports")
 
     def __init__(self, rules: Iterable[Rule], digest: str = "") -> None:
         self.rules = tuple(rules)
@@ -197,17 +207,21 @@ class Policy:
                 else:
                     index = (self._exact, self._under, self._below)[pattern.depth]
                     index.setdefault(pattern.name, []).append(number)
+        self._naming = lru_cache(maxsize=1024)(self._find)
 
-    def candidates(self, host: Host) -> Iterator[Rule]:
-        """The rules that may name `host`, in order."""
+    def candidates(self, host: Host) -> tuple[Rule, ...]:
+        """The rules that name `host`, in order."""
+        return self._naming(host.name)
+
+    def _find(self, name: str) -> tuple[Rule, ...]:
         numbers = set(self._anywhere)
-        numbers.update(self._exact.get(host.name, ()))
-        _, _, parent = host.name.partition(".")
+        numbers.update(self._exact.get(name, ()))
+        _, _, parent = name.partition(".")
         numbers.update(self._under.get(parent, ()))
         while parent:
             numbers.update(self._below.get(parent, ()))
             _, _, parent = parent.partition(".")
-        return (self.rules[number] for number in sorted(numbers))
+        return tuple(self.rules[number] for number in sorted(numbers))
 
 
 def decide(policy: Policy, agent: Agent, view: RequestView) -> Decision:
@@ -220,7 +234,7 @@ def decide(policy: Policy, agent: Agent, view: RequestView) -> Decision:
     for rule in policy.candidates(view.host):
         if rule.action is Verdict.ALLOW and allowed:
             continue
-        missing = rule.mismatch(agent, view)
+        missing = rule.unmet(agent, view)
         if missing:
             upgrade_refused |= missing == "websocket" and rule.action is Verdict.ALLOW
         elif rule.action is Verdict.BLOCK:

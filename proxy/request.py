@@ -4,26 +4,47 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from urllib.parse import parse_qsl, unquote_to_bytes
 
 from proxy.address import Host
 
 DEFAULT_PORTS = {"https": 443, "http": 80}
+MAX_PATH = 8192  # bytes; RFC 9110 section 4.1 asks for 8000
 MAX_READINGS = 32
+MAX_PARAMETERS = 1000  # PHP drops the rest, which would be a second reading
+_SHORT = 256  # characters: only such paths are worth remembering
 
 type Field = tuple[bytes, bytes]
 
-_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
+_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")  # RFC 9110 section 5.6.2
 _BAD_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110 section 5.5
 _PLAIN_PATH = re.compile(r"(?:/(?![./])[A-Za-z0-9._~!$&'()*,=:@+-]*)+")
 _ESCAPE = re.compile(r"%([0-9A-Fa-f]{2})?")
 _UNESCAPED = re.compile(r"[^A-Za-z0-9._~!$&'()*,=:@+;/%-]")
 _UNESCAPED_QUERY = re.compile(r"[^A-Za-z0-9._~!$&'()*,=:@+;/?%\[\]{}|^-]")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\u0100-\U0010ffff]")  # or no octet at all
 # Needless in a path: unreserved (RFC 3986 section 6.2.2.2) and those delimiters that mean nothing there.
 _NEEDLESS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~!$&'()*,=:@")
+
+# What is never forwarded: connection-specific fields (RFC 9110 section 7.6.1), Host (it follows the URL), identity, and
+# what reverse proxies in front of us add. Framing stays, whatever Connection lists.
+_NOT_FORWARDED = frozenset(
+    {
+        b"connection",
+        b"forwarded",
+        b"host",
+        b"http2-settings",
+        b"keep-alive",
+        b"te",
+        b"trailer",
+        b"upgrade",
+        b"x-real-ip",
+    }
+)
+_NOT_FORWARDED_PREFIXES = (b"proxy-", b"sallyport-", b"x-envoy-", b"x-forwarded-")
+_FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 
 
 class Ambiguous(ValueError):
@@ -50,29 +71,34 @@ class RequestView:
     ) -> RequestView:
         """The view of a request for `target` (path and query, latin-1) at an authority that was parsed before.
 
+        What is never forwarded is not in its headers, so that no rule relies on it and no agent can name what an
+        operator adds later in Connection.
+
         Raises Ambiguous.
         """
         if not _TOKEN.fullmatch(method.encode("latin-1", "replace")):
             raise Ambiguous("the method is not a token")
-        for name, value in headers:
-            if not _TOKEN.fullmatch(name):
-                raise Ambiguous("a header name is not a token")
-            if _BAD_VALUE.search(value):
-                raise Ambiguous("a header value holds a control character")
-        raw, _, query = target.partition("?")
-        path, readings = parse_path(raw or "/")
-        upgrade = b",".join(value for name, value in headers if name.lower() == b"upgrade")
+        fields, upgrade = _end_to_end(headers)
+        path, query, readings = _parse_target(target)
         return RequestView(
             method.upper(),
             scheme,
             host,
             port,
             path,
-            _normal_query(query),
-            tuple(headers),
-            upgrade.decode("latin-1").strip().lower(),
+            query,
+            fields,
+            upgrade,
             readings,
         )
+
+    def retargeted(self, host: Host, port: int, target: str) -> RequestView:
+        """The same request for another target.
+
+        Raises Ambiguous.
+        """
+        path, query, readings = _parse_target(target)
+        return replace(self, host=host, port=port, path=path, query=query, readings=readings)
 
     @property
     def authority(self) -> str:
@@ -89,58 +115,128 @@ class RequestView:
         """The request target in origin form (RFC 9112 section 3.2.1)."""
         return f"{self.path}?{self.query}" if self.query else self.path
 
-    def header_values(self, name: str) -> list[str]:
-        """Every value of a header, latin-1."""
+    def header_values(self, name: str) -> tuple[list[str], ...]:
+        """Every value of a header, latin-1, for each way to read names: to CGI `_` and `-` are the same."""
         wanted = name.lower().encode("latin-1")
-        return [value.decode("latin-1") for key, value in self.headers if key.lower() == wanted]
+        alike = wanted.replace(b"_", b"-")
+        found = [(key.lower(), value.decode("latin-1")) for key, value in self.headers if fold(key) == alike]
+        return [value for key, value in found if key == wanted], [value for _, value in found]
 
-    def query_values(self, name: str) -> list[str]:
-        """Every value of a query parameter in every way it may be read: some origins also separate by `;`."""
-        return [value for key, value in query_pairs(self.query) if key == name]
+    def query_values(self, name: str) -> tuple[list[str], ...]:
+        """Every value of a query parameter, for each way to read the query: some origins also separate by `;`."""
+        return tuple([value for key, value in pairs if key == name] for pairs in query_pairs(self.query))
 
 
-@lru_cache(maxsize=4096)
-def query_pairs(query: str) -> tuple[tuple[str, str], ...]:
-    """The decoded parameters of `query`, those of a second reading behind those of the first."""
+@lru_cache(maxsize=16)  # what is asked again is the request being decided; a query can be long
+def query_pairs(query: str) -> tuple[list[tuple[str, str]], ...]:
+    """The decoded parameters of `query` in each way it can be read."""
     pairs = parse_qsl(query, keep_blank_values=True)
-    if ";" in query:
-        pairs += parse_qsl(query.replace("&", ";"), keep_blank_values=True, separator=";")
-    return tuple(pairs)
+    if ";" not in query:
+        return (pairs,)
+    return pairs, parse_qsl(query.replace("&", ";"), keep_blank_values=True, separator=";")
+
+
+@lru_cache(maxsize=512)
+def fold(name: bytes) -> bytes:
+    """The name of a header in the one spelling that all others are read as.
+
+    Raises Ambiguous.
+    """
+    if not _TOKEN.fullmatch(name):
+        raise Ambiguous("a header name is not a token")
+    return name.lower().replace(b"_", b"-")
+
+
+@lru_cache(maxsize=512)
+def is_forwarded(name: bytes) -> bool:
+    """Whether a header can be in a view at all.
+
+    Raises Ambiguous.
+    """
+    folded = fold(name)
+    if folded in _FRAMING and b"_" in name:
+        raise Ambiguous("a header spells its framing with an underscore")
+    return folded not in _NOT_FORWARDED and not folded.startswith(_NOT_FORWARDED_PREFIXES)
+
+
+def is_own_header(name: bytes) -> bool:
+    """Whether a header says what only the proxy may say."""
+    return fold(name) in _FRAMING or not is_forwarded(fold(name))
+
+
+def _end_to_end(headers: Sequence[Field]) -> tuple[tuple[Field, ...], str]:
+    """The headers that are forwarded, and which upgrade is asked for."""
+    if _BAD_VALUE.search(b"".join([value for _, value in headers])):
+        raise Ambiguous("a header value holds a control character")
+    kept, listed, upgrade = [], frozenset[bytes](), []
+    for field in headers:
+        if is_forwarded(field[0]):
+            kept.append(field)
+        elif field[0].lower() == b"connection":
+            listed |= _listed(field[1])
+        elif field[0].lower() == b"upgrade":
+            upgrade.append(field[1])
+    if listed:
+        kept = [field for field in kept if fold(field[0]) not in listed]
+    return tuple(kept), b",".join(upgrade).decode("latin-1").strip().lower()
+
+
+@lru_cache(maxsize=64)
+def _listed(connection: bytes) -> frozenset[bytes]:
+    """What a Connection header names, less what goes anyway and what must stay."""
+    names = {token.strip().lower().replace(b"_", b"-") for token in connection.split(b",")}
+    return frozenset(names - _NOT_FORWARDED - _FRAMING - {b"", b"close"})
+
+
+def _parse_target(target: str) -> tuple[str, str, tuple[str, ...]]:
+    raw, _, query = target.partition("?")
+    path, readings = parse_path(raw or "/")
+    return path, _normal_query(query), readings
 
 
 def _normal_query(query: str) -> str:
     if "#" in query or _CONTROL.search(query):
         raise Ambiguous("the query holds a character that no query may hold")
+    if query.count("&") + query.count(";") >= MAX_PARAMETERS:
+        raise Ambiguous(f"the query has more than {MAX_PARAMETERS} parameters")
     return _UNESCAPED_QUERY.sub(_escaped, query)
 
 
-@lru_cache(maxsize=4096)
 def parse_path(raw: str) -> tuple[str, tuple[str, ...]]:
     """The normal form of a path (RFC 3986 section 6.2.2) and all its readings.
 
     Raises Ambiguous for what no origin should be sent: control characters, bad escapes, octets that are not UTF-8
-    (overlong forms among them), more than 32 readings.
+    (overlong forms among them), more than 8 KiB, more than 32 readings or 32 KiB of them.
     """
+    return _parse_short_path(raw) if len(raw) <= _SHORT else _parse_path(raw)
+
+
+def _parse_path(raw: str) -> tuple[str, tuple[str, ...]]:
+    if len(raw) > MAX_PATH:
+        raise Ambiguous(f"the path is longer than {MAX_PATH} bytes")
     if _PLAIN_PATH.fullmatch(raw):
         return raw, (raw,)
     if not raw.startswith("/") or "#" in raw or _CONTROL.search(raw):
         raise Ambiguous("the path is malformed")
     if any(match[1] is None for match in _ESCAPE.finditer(raw)):
         raise Ambiguous("the path holds a broken escape")
-    octets = unquote_to_bytes(raw.encode("latin-1", "replace"))
+    octets = unquote_to_bytes(raw.encode("latin-1"))
     if _CONTROL.search(octets.decode("latin-1")):
         raise Ambiguous("the path holds a control character")
     try:
         octets.decode("utf-8")
     except UnicodeDecodeError:
         raise Ambiguous("the path is not UTF-8") from None
-    normal = _normal(raw)
+    normal = remove_dot_segments(_spelt(raw))
     return normal, _readings(normal)
 
 
-def _normal(path: str) -> str:
-    path = _UNESCAPED.sub(_escaped, path)
-    return remove_dot_segments(_ESCAPE.sub(_needed, path))
+_parse_short_path = lru_cache(maxsize=1024)(_parse_path)
+
+
+def _spelt(path: str) -> str:
+    """`path` with the escapes it needs and no others."""
+    return _ESCAPE.sub(_needed, _UNESCAPED.sub(_escaped, path))
 
 
 def _escaped(match: re.Match[str]) -> str:
@@ -170,31 +266,37 @@ def remove_dot_segments(path: str) -> str:
     return "/" + "/".join(output)
 
 
-def _decode_once(path: str) -> str:
+def _decoded(path: str) -> str:
     return unquote_to_bytes(path).decode("latin-1")
 
 
+# What origins do to a path before they route it, each alone and in any order. None of it is undone or taken together:
+# `/a%2F%2F..%2Fb` is `/a/b` to those that resolve dots first, and `/b` to those that merge slashes first.
 _OTHER_READINGS: tuple[Callable[[str], str], ...] = (
-    _decode_once,  # an origin that decodes before it splits, or twice
+    lambda path: _spelt(_decoded(path)),  # decodes, and what reads it then decodes again
+    lambda path: _spelt(_decoded(path).replace("%", "%25")),  # decodes once: a percent sign is one
     lambda path: path.replace("%5C", "/"),  # IIS, WHATWG: a backslash separates
     lambda path: re.sub("/+", "/", path),  # nginx merge_slashes
+    lambda path: re.sub("^//+[^/]*", "", path) or "/",  # a network-path reference: new URL(path, base), urlsplit(path)
     lambda path: re.sub(";[^/]*", "", path),  # servlet path parameters
+    lambda path: remove_dot_segments(path),
 )
 
 
 def _readings(normal: str) -> tuple[str, ...]:
     if not any(mark in normal for mark in ("%", "//", ";")):
         return (normal,)
+    most = min(MAX_READINGS, MAX_READINGS * 1024 // len(normal))
     found = {normal: None}
     queue = [normal]
     while queue:
         path = queue.pop()
         for read in _OTHER_READINGS:
-            reading = _normal(read(path))
+            reading = read(path)
             if reading not in found:
                 found[reading] = None
                 queue.append(reading)
-        if len(found) > MAX_READINGS:
+        if len(found) > most:
             raise Ambiguous("the path has too many readings")
     return tuple(found)
 
@@ -217,6 +319,7 @@ def parse_path_pattern(text: str) -> str:
     return text
 
 
-def strip_headers(headers: Iterable[Field], names: frozenset[bytes]) -> list[Field]:
-    """`headers` without any spelling of `names` (lower case)."""
-    return [(name, value) for name, value in headers if name.lower() not in names]
+def strip_headers(headers: Iterable[Field], names: Iterable[bytes]) -> list[Field]:
+    """`headers` without any spelling of `names`."""
+    folded = {fold(name) for name in names}
+    return [field for field in headers if fold(field[0]) not in folded]

@@ -14,7 +14,7 @@ from proxy.credential import KINDS, parse_name
 from proxy.pattern import Glob, compile_regex, path_glob, text_glob
 from proxy.policy import NEVER_FORWARDED
 from proxy.problem import UserError
-from proxy.request import parse_path_pattern
+from proxy.request import is_forwarded, parse_path_pattern
 from proxy.validation import did_you_mean
 from proxy.yamltree import kind_of
 
@@ -157,6 +157,10 @@ def parse_matched_header(value: object) -> str:
     name = parse_token(value).lower()
     if name == "host":
         raise ValueError('the header "host" always agrees with the URL', 'write "match.host"')
+    if name == "upgrade":
+        raise ValueError('the header "upgrade" is the proxy\'s own', 'write "match.websocket: true"')
+    if not is_forwarded(name.encode()):
+        raise ValueError(f'the header "{name}" is never forwarded: no request has it', "remove it")
     return name
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from proxy.files import write_private
+from proxy.files import open_lock, own_dir, write_private
+from proxy.problem import UserError
 from proxy.settings import Settings
 
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104  # replaced, not bound
@@ -42,6 +47,28 @@ class Running:
         """The first listener as a client on this host reaches it."""
         host, _, port = self.listen[0].rpartition(":")
         return f"{_WILDCARDS.get(host, host)}:{port}"
+
+
+@contextlib.contextmanager
+def claimed(state: Path) -> Iterator[None]:
+    """Keeps other proxies out of `state`: one process writes one audit log.
+
+    Raises UserError if one is in there.
+    """
+    lock = open_lock(own_dir(state) / "proxy.lock")
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            process = os.read(lock, 20).decode("ascii", "replace").strip()
+            raise UserError(
+                f"a proxy (process {process}) is using {state}: stop it, or set `state` to another directory"
+            ) from None
+        os.ftruncate(lock, 0)
+        os.write(lock, b"%d\n" % os.getpid())
+        yield
+    finally:
+        os.close(lock)
 
 
 def _file(state: Path) -> Path:

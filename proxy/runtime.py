@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from proxy.admin import Admin, Status
 from proxy.audit import Audit
 from proxy.ca import load_authority
 from proxy.exchange import Exchange
-from proxy.files import own_dir
 from proxy.follow import Follower
 from proxy.gateway import Gateway
 from proxy.identity import Identity
@@ -25,6 +25,7 @@ from proxy.problem import UserError
 from proxy.records import TABLE as CREDENTIALS
 from proxy.registry import TABLE as AGENTS
 from proxy.registry import Registry
+from proxy.running import claimed
 from proxy.settings import Settings
 from proxy.snapshot import Rules
 from proxy.store import Store, StoreUnavailable
@@ -49,6 +50,7 @@ class Runtime:
         self._store = store
         self._environment = environment
         self._tasks: list[asyncio.Task[None]] = []
+        self._held = AsyncExitStack()
         self.metrics = Metrics()
         self.authority = load_authority(settings.certs)
         self.authority.on_mint = self.metrics.certificate_minted
@@ -75,14 +77,13 @@ class Runtime:
 
         Raises UserError.
         """
-        own_dir(settings.state)
-        store = await Store.open(settings.store.reveal(), settings.state, wait=False)
-        try:
+        async with AsyncExitStack() as held:
+            held.enter_context(claimed(settings.state))
+            store = await Store.open(settings.store.reveal(), settings.state, wait=False)
+            held.push_async_callback(store.close)
             runtime = cls(settings, store, environment)
             await runtime._load()
-        except BaseException:
-            await store.close()
-            raise
+            runtime._held = held.pop_all()
         return runtime
 
     async def _load(self) -> None:
@@ -163,4 +164,4 @@ class Runtime:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.upstream.close()
         await asyncio.to_thread(self.audit.close)
-        await self._store.close()
+        await self._held.aclose()

@@ -42,13 +42,17 @@ _PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "htt
 _LOOPBACK = "localhost,127.0.0.1,::1"
 
 
-def variables(agent: str, token: str, proxy: str, bundle: str) -> dict[str, str]:
-    """The variables for `agent`; `proxy` is host:port, `bundle` the path of the merged CA file in the sandbox."""
+def variables(agent: str, token: str, proxy: str, bundle: str, wgetrc: str = "") -> dict[str, str]:
+    """The variables for `agent`; `proxy` is host:port, `bundle` the path of the merged CA file in the sandbox.
+
+    `wgetrc` is the path of a file that names the bundle to wget, which has no variable for it.
+    """
     url = f"http://{agent}:{token}@{proxy}"
     return (
         dict.fromkeys(_PROXY_VARIABLES, url)
         | {"NO_PROXY": _LOOPBACK, "no_proxy": _LOOPBACK, "NODE_USE_ENV_PROXY": "1"}
         | dict.fromkeys(CA_VARIABLES, bundle)
+        | ({"WGETRC": wgetrc} if wgetrc else {})
     )
 
 
@@ -63,7 +67,8 @@ def _sh(values: Mapping[str, str]) -> str:
 
 
 def _dotenv(values: Mapping[str, str]) -> str:
-    return "\n".join(f'{name}="{value}"' for name, value in values.items())
+    quoted = {name: f'"{value}"' if "'" in value else f"'{value}'" for name, value in values.items()}  # ' is literal
+    return "\n".join(f"{name}={value}" for name, value in quoted.items())
 
 
 def _docker(values: Mapping[str, str]) -> str:
@@ -82,16 +87,16 @@ FORMATS: Mapping[str, Callable[[Mapping[str, str]], str]] = {
 }
 
 
-def write_bundle(folder: Path, own: bytes) -> Path:
-    """The merged bundle as a file beside the CA.
+def write_bundle(folder: Path, own: bytes) -> tuple[Path, Path]:
+    """The merged bundle as a file beside the CA, and a wgetrc that names it.
 
     Raises UserError.
     """
-    path = folder / "ca-bundle.pem"
-    bundle = ca_bundle(own)
-    try:
-        if not path.is_file() or path.read_bytes() != bundle:
-            path.write_bytes(bundle)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; make the certs folder writable") from None
-    return path
+    bundle, wgetrc = folder / "ca-bundle.pem", folder / "wgetrc"
+    for path, content in ((bundle, ca_bundle(own)), (wgetrc, f"ca_certificate = {bundle}\n".encode())):
+        try:
+            if not path.is_file() or path.read_bytes() != content:
+                path.write_bytes(content)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; make the certs folder writable") from None
+    return bundle, wgetrc

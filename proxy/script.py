@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 from typing import Any
 
@@ -11,8 +12,11 @@ from mitmproxy import connection, ctx
 
 from proxy.addon import Addon
 from proxy.cli import settings_of
+from proxy.problem import Problems, UserError
 from proxy.runtime import Runtime
-from proxy.upstream import pin_getaddrinfo
+from proxy.upstream import pin_connections
+
+_log = logging.getLogger(__name__)
 
 
 class Script:
@@ -41,8 +45,12 @@ class Script:
     async def running(self) -> None:
         """Start from the settings that `sallyport run` would use."""
         ctx.options.update(connection_strategy="lazy")  # type: ignore[no-untyped-call]
-        pin_getaddrinfo(asyncio.get_running_loop())
-        self._runtime = await Runtime.start(settings_of(argparse.Namespace()), os.environ)
+        pin_connections(asyncio.get_running_loop())
+        try:
+            self._runtime = await Runtime.start(settings_of(argparse.Namespace()), os.environ)
+        except (UserError, Problems) as error:
+            _log.error("sallyport: %s; every connection is refused", error)
+            return
         self._addon = Addon(self._runtime, self._abort)
 
     async def done(self) -> None:

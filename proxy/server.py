@@ -7,29 +7,40 @@ import errno
 import logging
 import resource
 import signal
+import socket
+import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mitmproxy import options
-from mitmproxy.connection import Client, ConnectionState
-from mitmproxy.proxy import commands, mode_specs
+from mitmproxy.connection import Client, Connection, ConnectionState
+from mitmproxy.connection import Server as UpstreamServer
+from mitmproxy.proxy import commands, events, mode_specs
 from mitmproxy.proxy import server as mitm_server
 from mitmproxy.proxy.layers.http import HTTPMode
+from mitmproxy.proxy.layers.modes import HttpProxy
 
 from proxy.addon import Addon
-from proxy.flow import state_of
+from proxy.flow import Tunnel, state_of
 from proxy.guard import where
+from proxy.lane import Lane
+from proxy.layers import ClientTls
 from proxy.problem import UserError
 from proxy.reason import Reason
 from proxy.running import Running
 from proxy.runtime import Runtime
 from proxy.settings import Settings
 from proxy.settingvalue import Listener
-from proxy.upstream import pin_getaddrinfo
+from proxy.upstream import pin_connections
 
 CONNECT_TIMEOUT = 10.0  # seconds
+MAX_UPSTREAM = 100  # connections to one place: as many as streams, or one that waits for its turn would time out
 DRAIN = 10.0  # seconds streams may take to finish after SIGTERM
+UNDIALLED = 256 * 1024  # bytes of bodies that may wait for their upstream to be connected before we read less
+BACKLOG = 4 * 1024 * 1024  # bytes of HTTP/2 bodies that may wait for a slow peer before we read less
+STEP = 0.02  # seconds between two looks at what is left
 
 _log = logging.getLogger("sallyport")
 
@@ -54,13 +65,53 @@ def _options(settings: Settings) -> options.Options:
     return opts
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a connection stands when mitmproxy's stack gets it: as accepted, or as the fast lane left it."""
+
+    client: Client | None = None
+    tunnel: Tunnel | None = None
+    decrypted: bool = False
+
+
 class Handler(mitm_server.LiveConnectionHandler):
     """One client connection in mitmproxy's stack."""
 
-    def __init__(self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        server: Server,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        start: Start,
+    ) -> None:
         super().__init__(reader, writer, server.options, mode_specs.ProxyMode.parse("regular"))
         self.addon = server.addon
-        self.layer = self.addon.http_layer(self.layer.context, HTTPMode.regular)
+        self.task = _current_task()
+        self.max_conns = defaultdict(lambda: asyncio.Semaphore(MAX_UPSTREAM))
+        self._moved = asyncio.Event()
+        self._client_waits = False
+        self._watch: asyncio.Future[None] | None = None
+        self.tunnel = start.tunnel
+        context = self.layer.context
+        if start.client:
+            self.client.peername, self.client.sockname = start.client.peername, start.client.sockname
+        if start.tunnel:
+            context.server.address = (start.tunnel.host.name, start.tunnel.port)
+            context.server.tls, context.server.sni = True, start.tunnel.host.name
+        if start.tunnel and not start.decrypted:
+            HttpProxy(context)  # a layer of TLS looks at its parent
+            self.layer = ClientTls(context)
+        else:
+            mode = HTTPMode.transparent if start.tunnel else HTTPMode.regular
+            self.layer = self.addon.http_layer(context, mode)
+
+    async def handle_client(self) -> None:
+        """The whole life of the connection."""
+        try:
+            await super().handle_client()
+        finally:
+            if self._watch:
+                self._watch.cancel()
 
     async def handle_hook(self, hook: commands.StartHook) -> None:
         """Call the addon, which has a guard of its own on every hook."""
@@ -72,11 +123,12 @@ class Handler(mitm_server.LiveConnectionHandler):
             result = method(data)
             if result is not None:
                 await result
+            if self.tunnel and hook.name == "client_connected":
+                self.addon.peers[self.client.id].tunnel = self.tunnel
 
     async def open_connection(self, command: commands.OpenConnection) -> None:
         """Dial, but not for ever."""
-        task = asyncio.current_task()
-        assert task
+        task = _current_task()
         timer = asyncio.get_running_loop().call_later(CONNECT_TIMEOUT, self._give_up, command, task)
         try:
             await super().open_connection(command)
@@ -85,7 +137,7 @@ class Handler(mitm_server.LiveConnectionHandler):
 
     def _give_up(self, command: commands.OpenConnection, task: asyncio.Task[None]) -> None:
         server = command.connection
-        if server.state is ConnectionState.CLOSED:
+        if server.state is ConnectionState.CLOSED or (server.tls and not server.tls_established):
             self._failed_late(server.address)
             task.cancel()
 
@@ -94,26 +146,75 @@ class Handler(mitm_server.LiveConnectionHandler):
         if peer and address in peer.dials:
             peer.dials[address].failure = Reason.UPSTREAM_TIMEOUT
 
+    async def handle_connection(self, connection: Connection) -> None:
+        """Read a connection to its end; it is closed then, also when that was cancelled where mitmproxy forgets to."""
+        try:
+            await super().handle_connection(connection)
+        finally:
+            if transport := self.transports.pop(connection, None):
+                connection.state = ConnectionState.CLOSED
+                if isinstance(transport.writer, asyncio.StreamWriter):
+                    transport.writer.close()
+                await asyncio.shield(asyncio.ensure_future(self.server_event(events.ConnectionClosed(connection))))
+            self._pulse()
+
+    async def drain_writers(self) -> None:
+        """Called between two reads: waits while a slow peer has not taken what came before.
+
+        TCP's own buffers hold HTTP/1 back. HTTP/2 peers have windows, and mitmproxy keeps without bound what does not
+        fit in them. An upstream is read all the same while the client waits for one: else both could wait for ever.
+        """
+        await super().drain_writers()  # type: ignore[no-untyped-call]
+        self._pulse()
+        http = peer.http if (peer := self.addon.peers.get(self.client.id)) else None
+        client = self.transports.get(self.client)
+        if http is None or client is None:
+            return
+        while _current_task() is client.handler and http.waiting() > UNDIALLED:
+            await self._moved.wait()
+        if self.client.alpn != b"h2":
+            return
+        if _current_task() is not client.handler:
+            while http.backlog(self.client) > BACKLOG and not self._client_waits:
+                await self._moved.wait()
+            return
+        while any(http.backlog(other) > BACKLOG for other in self.transports if other is not self.client):
+            self._client_waits = True
+            self._pulse()
+            await self._moved.wait()
+        self._client_waits = False
+
+    async def server_event(self, event: events.Event) -> None:
+        """Something happened, to a connection or to what waits for one."""
+        await super().server_event(event)
+        self._pulse()
+
+    def _pulse(self) -> None:
+        self._moved.set()
+        self._moved.clear()
+
     async def on_timeout(self) -> None:
         """Nothing moved for `limits.idle`: what still waits for an upstream is answered, else the client is cut."""
         peer = self.addon.peers.get(self.client.id)
-        waiting = [
-            flow
-            for flow in (peer.open.values() if peer else ())
-            if flow.server_conn in self.transports and state_of(flow).decided and not flow.response
-        ]
-        for flow in waiting:
-            self._failed_late(flow.server_conn.address)
-            handler = self.transports[flow.server_conn].handler
-            if handler:
-                handler.cancel("timeout")
+        flows = [flow for flow in (peer.open.values() if peer else ()) if state_of(flow).decided and not flow.response]
+        places = {(flow.request.host, flow.request.port) for flow in flows}
+        dialled = [server for server in self.transports if isinstance(server, UpstreamServer)]
+        waiting = [server for server in dialled if server.address in places]
         if not waiting:
             await super().on_timeout()
+            return
+        for server in waiting:
+            self._failed_late(server.address)
+            if handler := self.transports[server].handler:
+                handler.cancel("timeout")
+        watchdog: Any = self.timeout_watchdog
+        watchdog.register_activity()
+        self._watch = asyncio.ensure_future(watchdog.watch())  # the first one ended with its first bark
 
     def log(self, message: str, level: int = logging.INFO, exc_info: Any = None) -> None:
         """mitmproxy's messages quote what peers sent; only that it failed, and where, is ours to tell."""
         if level >= logging.ERROR:
-            error = exc_info[1] if isinstance(exc_info, tuple) else None
+            error = exc_info[1] if isinstance(exc_info, tuple) else sys.exception()
             _log.error("a connection failed and was cut%s", f": {where(error)}" if error else "")
             self.addon.abort(self.client)
 
@@ -128,28 +229,44 @@ class Server:
         self.addresses: list[str] = []
         self._handlers: dict[str, Handler] = {}
         self._servers: list[asyncio.Server] = []
+        self._adopted: set[asyncio.Future[None]] = set()
+        self.lane = Lane(runtime, self.addon, self) if runtime.settings.lane == "fast" else None
 
     async def start(self) -> None:
         """Bind every listener.
 
         Raises UserError for an address that cannot be had.
         """
-        pin_getaddrinfo(asyncio.get_running_loop())
+        pin_connections(asyncio.get_running_loop())
         for listener in self.runtime.settings.listen:
             try:
-                server = await asyncio.start_server(self._serve, listener.host, listener.port, backlog=1024)
+                sockets = _bind(listener)
             except OSError as error:
                 raise UserError(_bind_words(listener, error)) from None
-            self._servers.append(server)
-            for sock in server.sockets:
+            for sock in sockets:
                 host, port = sock.getsockname()[:2]
                 address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
                 self.addon.listeners[port] = replace(listener, address=address)
                 self.runtime.own.add((host, port))
                 self.addresses.append(address)
+                if self.lane:
+                    self.lane.listen(sock)
+                else:
+                    self._servers.append(await asyncio.start_server(self._serve, sock=sock))
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        handler = Handler(self, reader, writer)
+    def adopt(self, sock: socket.socket, client: Client | None, tunnel: Tunnel | None, *, decrypted: bool) -> None:
+        """Drive a connection that the fast lane hands over."""
+        self._adopted.add(task := asyncio.ensure_future(self._adopt(sock, Start(client, tunnel, decrypted))))
+        task.add_done_callback(self._adopted.discard)
+
+    async def _adopt(self, sock: socket.socket, start: Start) -> None:
+        reader, writer = await asyncio.open_connection(sock=sock)
+        await self._serve(reader, writer, start)
+
+    async def _serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, start: Start | None = None
+    ) -> None:
+        handler = Handler(self, reader, writer, start or Start())
         self._handlers[handler.client.id] = handler
         try:
             await handler.handle_client()
@@ -158,6 +275,8 @@ class Server:
 
     def abort(self, client: Client) -> None:
         """Cut a client connection and all it has upstream."""
+        if self.lane and (connection := self.lane.connections.get(client.id)):
+            connection.abort()
         handler = self._handlers.get(client.id)
         transport = handler.transports.get(client) if handler else None
         if transport is None:
@@ -167,26 +286,57 @@ class Server:
         if transport.writer and isinstance(transport.writer, asyncio.StreamWriter):
             transport.writer.transport.abort()
 
-    async def drain(self, patience: float = DRAIN) -> None:
-        """Accept nothing more; let what is under way finish for at most `patience` seconds, then cut it."""
+    async def drain(self, hurry: asyncio.Event, patience: float = DRAIN) -> None:
+        """Accept nothing more; let what is under way finish until `hurry`, for at most `patience` seconds; cut it."""
         for server in self._servers:
             server.close()
-        deadline = asyncio.get_running_loop().time() + patience
-        while self._handlers:
-            late = asyncio.get_running_loop().time() >= deadline
-            for client_id, handler in list(self._handlers.items()):
-                peer = self.addon.peers.get(client_id)
-                if late or peer is None or not peer.open:
-                    self.abort(handler.client)
-            await asyncio.sleep(0.02)
-            if late:
-                break
+        if self.lane:
+            await asyncio.gather(self.lane.drain(hurry, patience), self._drain_stack(hurry, patience))
+            self.lane.close()
+        else:
+            await self._drain_stack(hurry, patience)
+
+    async def _drain_stack(self, hurry: asyncio.Event, patience: float) -> None:
+        now = asyncio.get_running_loop().time
+        deadline, idle = now() + patience, set[Handler]()
+        while self._handlers and not hurry.is_set() and now() < deadline:
+            was_idle, idle = idle, {handler for handler in self._handlers.values() if self._is_idle(handler)}
+            for handler in idle & was_idle:  # twice, because an exchange is over just before its last byte is written
+                self.abort(handler.client)
+            await asyncio.sleep(STEP)
+        left = list(self._handlers.values())
+        for handler in left:
+            self.abort(handler.client)
+        if left:
+            await asyncio.wait([handler.task for handler in left], timeout=1.0)  # their hooks put them on record
+
+    def _is_idle(self, handler: Handler) -> bool:
+        peer = self.addon.peers.get(handler.client.id)
+        transport = handler.transports.get(handler.client)
+        writer = transport.writer if transport else None
+        unsent = isinstance(writer, asyncio.StreamWriter) and writer.transport.get_write_buffer_size()
+        return not unsent and not (peer and peer.open)
+
+
+def _bind(listener: Listener) -> list[socket.socket]:
+    """Listening sockets for every address of the listener's host. Raises OSError."""
+    found = socket.getaddrinfo(listener.host, listener.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets = [socket.create_server(info[4][:2], family=info[0], backlog=1024) for info in found]
+    for sock in sockets:  # what it accepts inherits this; asyncio sets it only on sockets whose protocol is not 0
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sockets
+
+
+def _current_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task
+    return task
 
 
 def _bind_words(listener: Listener, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return f"listen {listener.address}: the port is in use; stop what uses it, or set listen: to another"
-    words = (error.strerror or str(error)).lower()
+    words = (error.strerror or "cannot be bound").lower()  # asyncio's own text lists tuples
     return f"listen {listener.address}: {words}; set listen: to an address of this host"
 
 
@@ -198,25 +348,21 @@ async def serve(settings: Settings, environment: Mapping[str, str], ready: Calla
     loop = asyncio.get_running_loop()
     loop.set_task_factory(asyncio.eager_task_factory)
     _harden()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)  # first: the store's server must not outlive an interrupted start
     runtime = await Runtime.start(settings, environment)
     try:
         admin = await runtime.admin()
         server = Server(runtime)
         await server.start()
-        stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
         loop.add_signal_handler(signal.SIGHUP, lambda: asyncio.ensure_future(runtime.rules.reload()))
         running = Running(tuple(server.addresses), f"{settings.admin.host}:{admin.port}")
         running.write(settings.state)
         ready(runtime, running)
         await stop.wait()
         stop.clear()
-        draining = asyncio.ensure_future(server.drain())
-        again = asyncio.ensure_future(stop.wait())  # a second signal does not wait
-        await asyncio.wait([draining, again], return_when=asyncio.FIRST_COMPLETED)
-        for task in (draining, again):
-            task.cancel()
+        await server.drain(hurry=stop)  # a second signal does not wait
         await admin.stop()
     finally:
         Running.forget(settings.state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from OpenSSL import SSL
 
 from proxy.address import Host
 from proxy.ca import MAX_LEAVES, Authority, Leaf
+from proxy.problem import UserError
 
 _CIPHERS = (
     "ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:"
@@ -53,14 +55,20 @@ class ClientTls:
 
 
 class UpstreamTls:
-    """Client-side TLS: chains up to the public roots or the operator's own, and the name dialled for."""
+    """Client-side TLS: chains up to the public roots or the operator's own, and the name dialled for.
+
+    Raises UserError for a file in `trust` without a certificate.
+    """
 
     def __init__(self, trust: Sequence[Path]) -> None:
         self._context = _context(SSL.TLS_CLIENT_METHOD)
         self._context.set_verify(SSL.VERIFY_PEER)
         with tempfile.NamedTemporaryFile() as roots:  # OpenSSL reads several CAs only from a file
             for path in (Path(certifi.where()), *trust):
-                roots.write(path.read_bytes() + b"\n")
+                content = path.read_bytes()
+                if b"-----BEGIN CERTIFICATE-----" not in content:  # OpenSSL would pass over it
+                    raise UserError(f"{path} holds no PEM certificate; give upstream.trust the CA's certificate as PEM")
+                roots.write(content + b"\n")
             roots.flush()
             self._context.load_verify_locations(roots.name)
 
@@ -81,6 +89,12 @@ class UpstreamTls:
         connection.set_alpn_protos([b"h2", b"http/1.1"] if http2 else [b"http/1.1"])
         connection.set_connect_state()
         return connection
+
+
+def say_goodbye(connection: SSL.Connection) -> None:
+    """Queue a close_notify."""
+    with contextlib.suppress(SSL.Error):
+        connection.shutdown()
 
 
 def _context(method: int) -> SSL.Context:

@@ -14,7 +14,7 @@ import dns.asyncresolver
 import dns.exception
 import dns.nameserver
 
-from proxy.address import Address, Host, ip_literal, is_public
+from proxy.address import Address, Host, ip_literal, is_public, unmapped
 from proxy.policy import Decision
 from proxy.reason import Reason
 from proxy.settingvalue import Endpoint
@@ -75,21 +75,27 @@ class Upstream:
         return allowed if private else allowed or is_public(address)
 
     def _is_own(self, address: Address, port: int) -> bool:
-        for own_host, own_port in self.own():
-            own = ip_literal(own_host)
-            if port == own_port and (address.is_loopback or address == own or (own is None or own.is_unspecified)):
-                return True
-        return False
+        hosts = {ip_literal(host) for host, own_port in self.own() if own_port == port}
+        if not hosts:
+            return False
+        everywhere = any(own is None or own.is_unspecified for own in hosts)
+        return (
+            address.is_loopback
+            or address.is_unspecified  # Linux connects that to loopback
+            or address in hosts
+            or (everywhere and _is_local(address))
+        )
 
     async def _resolve(self, name: str) -> list[Address]:
         try:
             async with asyncio.timeout(RESOLVE_TIMEOUT):
                 answers = await (self._ask(name) if self._resolver else self._system(name))
-        except TimeoutError:
+        except (TimeoutError, dns.exception.Timeout):
             raise Refused(Reason.UPSTREAM_TIMEOUT) from None
         except (OSError, UnicodeError, dns.exception.DNSException):
             raise Refused(Reason.UPSTREAM_UNREACHABLE) from None
-        return list(dict.fromkeys(address for answer in answers if (address := ip_literal(answer.partition("%")[0]))))
+        found = [unmapped(address) for answer in answers if (address := ip_literal(answer.partition("%")[0]))]
+        return list(dict.fromkeys(found))
 
     async def _system(self, name: str) -> list[str]:
         loop = asyncio.get_running_loop()
@@ -108,6 +114,16 @@ class Upstream:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
+def _is_local(address: Address) -> bool:
+    """Whether this host has `address`: only then can it be bound."""
+    with socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.bind((str(address), 0))
+        except OSError:
+            return False
+    return True
+
+
 def _resolver(nameservers: Sequence[Endpoint]) -> dns.asyncresolver.Resolver:
     resolver = dns.asyncresolver.Resolver(configure=False)
     resolver.nameservers = [dns.nameserver.Do53Nameserver(host.name, port) for host, port in nameservers]
@@ -115,17 +131,20 @@ def _resolver(nameservers: Sequence[Endpoint]) -> dns.asyncresolver.Resolver:
     return resolver
 
 
-def pin_getaddrinfo(loop: asyncio.AbstractEventLoop) -> None:
-    """Make connects of `loop` use `PINNED` where it is set: the name is not asked again between check and dial."""
-    original = loop.getaddrinfo
+def pin_connections(loop: asyncio.AbstractEventLoop) -> None:
+    """Make connects of `loop` go to `PINNED` where it is set: nothing is asked again between check and dial."""
+    original = loop.create_connection
 
-    async def getaddrinfo(host: Any, port: Any, **options: Any) -> Any:
+    async def create_connection(factory: Any, host: Any = None, port: Any = None, **options: Any) -> Any:
         pinned = PINNED.get()
         if pinned is None:
-            return await original(host, port, **options)
-        return [
-            (socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, to_port))
-            for address, to_port in pinned
-        ]
+            return await original(factory, host, port, **options)
+        failure = OSError("no address")
+        for address, to_port in pinned:
+            try:
+                return await original(factory, address, to_port, **options)
+            except OSError as error:
+                failure = error
+        raise failure
 
-    loop.getaddrinfo = getaddrinfo  # type: ignore[method-assign]
+    loop.create_connection = create_connection  # type: ignore[method-assign, assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,22 @@ def upstream(_shared_upstream: Upstream) -> Upstream:
 
 
 @pytest.fixture(scope="session")
-def plain_upstream() -> Iterator[Upstream]:
-    """An upstream without TLS."""
+def _shared_plain_upstream() -> Iterator[Upstream]:
     with Upstream(None) as upstream:
         yield upstream
+
+
+@pytest.fixture
+def plain_upstream(_shared_plain_upstream: Upstream) -> Upstream:
+    """The same names without TLS."""
+    _shared_plain_upstream.reset()
+    return _shared_plain_upstream
+
+
+@pytest.fixture(scope="module", params=os.environ.get("LANES", "mitmproxy fast").split())
+def lane(request: pytest.FixtureRequest) -> str:
+    """What drives the connections: whoever asks for it says that both do the same."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +56,7 @@ def make_proxy(
     tmp_path_factory: pytest.TempPathFactory,
     upstream_ca: trustme.CA,
     _shared_upstream: Upstream,
-    plain_upstream: Upstream,
+    _shared_plain_upstream: Upstream,
 ) -> Iterator[Callable[..., Proxy]]:
     """Starts proxies: `make_proxy(rules, connect_to={...}, **settings)`; every one is stopped at the end."""
     started: list[Proxy] = []
@@ -53,7 +66,7 @@ def make_proxy(
         upstream_ca.cert_pem.write_to_path(str(folder / "upstream-ca.pem"))
         names = ("api.test", "a.api.test", "b.api.test", "other.test")
         led = {f"{name}:443": f"127.0.0.1:{_shared_upstream.port}" for name in names}
-        led |= {f"{name}:80": f"127.0.0.1:{plain_upstream.port}" for name in names}
+        led |= {f"{name}:80": f"127.0.0.1:{_shared_plain_upstream.port}" for name in names}
         upstream = {"trust": ["upstream-ca.pem"], "connect_to": {**led, **(connect_to or {})}}
         proxy = Proxy(folder, {"upstream": {**upstream, **settings.pop("upstream", {})}, **settings}, rules)
         started.append(proxy)

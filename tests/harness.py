@@ -80,6 +80,7 @@ class Upstream:
         self.raw: RawHandler | None = None
         self.port = 0
         self._context = context
+        self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -94,9 +95,16 @@ class Upstream:
         self._thread.join(PATIENCE)
 
     def reset(self) -> None:
-        """As new."""
+        """As new; connections that a proxy kept are closed."""
         self.seen.clear()
-        self.handler, self.raw, self.connections = echo, None, 0
+        self.handler, self.raw = echo, None
+        asyncio.run_coroutine_threadsafe(self._hang_up(), self._loop).result(PATIENCE)
+        self.connections = 0
+
+    async def _hang_up(self) -> None:
+        for writer in list(self._writers):
+            writer.transport.abort()
+        await asyncio.sleep(0)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -113,16 +121,19 @@ class Upstream:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self._writers.add(writer)
         with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ssl.SSLError):
             if self.raw:
                 await self.raw(reader, writer)
             else:
-                while await self._exchange(reader, writer):
+                while await self.exchange(reader, writer):
                     pass
+        self._writers.discard(writer)
         with contextlib.suppress(OSError, ssl.SSLError):
             writer.close()
 
-    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    async def exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """One request and the handler's answer; whether the connection can take another."""
         seen = await read_request(reader)
         self.seen.append(seen)
         reply = self.handler(seen)
@@ -268,18 +279,56 @@ class Connection:
         self.sock.close()
 
 
+STATUSES = {  # contract section 6
+    **dict.fromkeys(("no_rule", "blocked", "agent_killed", "private_address"), 403),
+    **dict.fromkeys(("protocol_not_allowed", "credential_scope", "secret_leak"), 403),
+    **dict.fromkeys(("no_identity", "bad_identity", "identity_conflict"), 407),
+    **dict.fromkeys(("credential_unavailable", "policy_unavailable", "store_unavailable"), 503),
+    **dict.fromkeys(("upstream_unreachable", "upstream_tls"), 502),
+    "authority_mismatch": 421,
+    "ambiguous_request": 400,
+    "limit_exceeded": 429,
+    "body_too_large": 413,
+    "upstream_timeout": 504,
+    "internal": 500,
+}
+
+
+def refused(response: Response, code: str) -> dict[str, Any]:
+    """The error of a refusal, once everything that every refusal promises was seen."""
+    assert (response.status, response.code) == (STATUSES[code], code), response
+    assert response.header("content-type") == "application/json"
+    error: dict[str, Any] = response.json()["error"]
+    assert set(response.json()) == {"error"}
+    assert list(error) == ["code", "message", "agent", "rule", "request_id", "hint"]
+    verdict = "allow" if code.startswith("upstream_") else "block"
+    assert response.header("sallyport-decision") == f"{verdict}; reason={code}; id={error['request_id']}"
+    assert error["message"]
+    assert error["hint"]
+    for word in (str(ROOT), sys.prefix, "/tmp", "site-packages", "Traceback", "mitm"):
+        assert word not in response.body.decode()
+        assert word not in str(response.headers)
+    challenge = 'Basic realm="sallyport"' if response.status == 407 else None
+    assert response.header("proxy-authenticate") == challenge
+    assert (response.header("retry-after") is not None) == (response.status in (429, 503))
+    return error
+
+
 class Proxy:
     """A proxy process with a folder of its own."""
+
+    module = "proxy"
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], rules: str) -> None:
         self.folder = folder
         self.config = folder / "sallyport.yaml"
-        defaults = {"listen": ["127.0.0.1:0"], "admin": "127.0.0.1:0"}
+        defaults = {"listen": ["127.0.0.1:0"], "admin": "127.0.0.1:0", "lane": os.environ.get("TEST_LANE", "mitmproxy")}
         (folder / "rules").mkdir(parents=True, exist_ok=True)
         self.config.write_text(yaml.safe_dump({**defaults, **settings}))
         self.write_rules(rules)
         self.process: subprocess.Popen[str] | None = None
         self.tokens: dict[str, str] = {}
+        self.clients: list[Connection] = []
         self.said: list[str] = []  # lines on standard output; an empty one at the end
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("SALLYPORT_")},
@@ -292,11 +341,11 @@ class Proxy:
         draft.write_text(text)
         draft.replace(self.folder / "rules" / name)
 
-    def start(self) -> Self:
+    def start(self, wait: bool = True) -> Self:
         """Start it and wait until it says that it is ready."""
         self.stderr = (self.folder / "stderr.txt").open("a")
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "proxy", "run", "--config", str(self.config)],
+            [sys.executable, "-P", "-m", self.module, "run", "--config", str(self.config)],
             cwd=self.folder,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -308,6 +357,8 @@ class Proxy:
         said.clear()
         self._reader = threading.Thread(target=lambda: [*map(said.append, stdout), said.append("")], daemon=True)
         self._reader.start()
+        if not wait:
+            return self
         first = wait_for(lambda: said, "the first line")[0]
         if not first:
             raise AssertionError(f"the proxy did not start: {(self.folder / 'stderr.txt').read_text()}")
@@ -322,9 +373,14 @@ class Proxy:
         """SIGTERM and wait."""
         if self.process:
             self.process.terminate()
-            status = self.process.wait(PATIENCE)
-            self._forget()
-            assert status == 0, (self.folder / "stderr.txt").read_text()
+            self.ended()
+
+    def ended(self) -> None:
+        """Wait until it has ended, in order."""
+        assert self.process
+        status = self.process.wait(PATIENCE)
+        self._forget()
+        assert status == 0, f"{status}: {self.stderr_text()}"
 
     def kill(self) -> None:
         """kill -9."""
@@ -336,6 +392,9 @@ class Proxy:
     def _forget(self) -> None:
         assert self.process
         assert self.process.stdout
+        for client in self.clients:
+            client.close()
+        self.clients.clear()
         self._reader.join(PATIENCE)
         self.process.stdout.close()
         self.stderr.close()
@@ -381,21 +440,29 @@ class Proxy:
 
     def connect(self, listener: int = 0) -> Connection:
         """A TCP connection to a listener."""
-        return Connection(socket.create_connection(self.listeners[listener], PATIENCE))
+        client = Connection(socket.create_connection(self.listeners[listener], PATIENCE))
+        self.clients.append(client)
+        return client
 
     @property
     def trust(self) -> ssl.SSLContext:
         """TLS that trusts the proxy's CA."""
         return ssl.create_default_context(cafile=self.folder / "certs" / "ca.pem")
 
-    def tunnel(self, host: str, port: int = 443, agent: str = "coder-1", sni: str | None = "") -> Connection:
-        """CONNECT and TLS, ready for a request."""
+    def tunnel(
+        self, host: str, port: int = 443, agent: str = "coder-1", sni: str | None = "", alpn: str = ""
+    ) -> Connection:
+        """CONNECT and TLS, ready for a request. `sni` empty: the host; None: no name is sent."""
         connection = self.connect()
         self.agent(agent)
         connection.send(f"CONNECT {host}:{port} HTTP/1.1\r\nhost: {host}:{port}\r\n{self.auth(agent)}\r\n".encode())
         response = connection.response("CONNECT")
         assert response.status == 200, response
-        connection.start_tls(self.trust, host if sni == "" else sni)
+        context = self.trust
+        context.check_hostname = sni is not None
+        if alpn:
+            context.set_alpn_protocols([alpn])
+        connection.start_tls(context, host if sni == "" else sni)
         return connection
 
     def get(

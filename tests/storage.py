@@ -6,12 +6,16 @@ import asyncio
 import fcntl
 import inspect
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
+
+from proxy.embedded import server_binary
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,3 +85,39 @@ async def main():
     await store.close()
 asyncio.run(main())
 """
+
+
+class RemoteStore:
+    """A server on a TCP port that stays the same, as an operator would run one; its data outlives `kill`."""
+
+    def __init__(self, directory: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._directory = directory
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns once it listens."""
+        place = ("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._directory))
+        durable = ("--appendonly", "yes", "--appendfsync", "always", "--save", "")
+        command = [server_binary(), *place, *durable]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        wait_until(self._listens)
+
+    def kill(self) -> None:
+        """kill -9."""
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+    def _listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()

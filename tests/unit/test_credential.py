@@ -86,7 +86,7 @@ def test_an_empty_secret_is_refused(data: bytes) -> None:
 def test_one_byte_to_one_mebibyte_is_accepted() -> None:
     assert clean_secret(b"x", "static")[0] == Secret(b"x")
     assert clean_secret(b"x" * MAX_SECRET + b"\n", "static")[0] == Secret(b"x" * MAX_SECRET)
-    with pytest.raises(UserError, match="more than 1 MiB"):
+    with pytest.raises(UserError, match="more than 64 KiB"):
         clean_secret(b"x" * (MAX_SECRET + 1), "static")
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from proxy.address import Host
 from proxy.agent import Agent, AgentState
+from proxy.credential import MAX_SECRET
 from proxy.follow import Follower
 from proxy.grant import Grant
 from proxy.problem import UserError
@@ -418,9 +419,9 @@ def test_every_operation_is_counted_with_its_result(tmp_path: Path) -> None:
     in_world(tmp_path, story)
 
 
-def test_one_byte_and_one_mebibyte_come_back_as_they_were(tmp_path: Path) -> None:
+def test_the_smallest_and_the_largest_secret_come_back_as_they_were(tmp_path: Path) -> None:
     async def story(world: World) -> None:
-        big = b"\xff" * (1 << 20)
+        big = b"\xff" * MAX_SECRET
         await world.put(b"x", "small")
         await world.put(big, "big")
         assert await world.leased("small") == b"x"

@@ -1,0 +1,3 @@
+module gomitm
+
+go 1.22

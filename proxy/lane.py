@@ -1,0 +1,688 @@
+"""The fast lane: what agents mostly send, HTTP/1.1 in CONNECT and TLS or in absolute form, driven without mitmproxy's
+connection stack. The same addon decides on the same `HTTPFlow`s; whatever is not fully understood is handed over
+before a byte of it is consumed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import socket
+import ssl
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from cryptography.hazmat.primitives import serialization
+from mitmproxy import http
+from mitmproxy.connection import Client, ConnectionState, Server
+from mitmproxy.flow import Error
+from mitmproxy.proxy import mode_specs
+
+from proxy.addon import Addon
+from proxy.address import Host
+from proxy.ca import MAX_LEAVES, Leaf
+from proxy.clienthello import MAX_HELLO, is_tls, parse_client_hello
+from proxy.flow import STATE, FlowState, Tunnel, state_of
+from proxy.guard import where
+from proxy.http1 import (
+    CONSUMED_BODY,
+    LAST_CHUNK,
+    LINGER_BYTES,
+    LINGER_SECONDS,
+    MAX_INFORMATIONAL,
+    MAX_RESPONSE_HEAD,
+    BadMessage,
+    Body,
+    RequestHead,
+    ResponseHead,
+    chunk,
+    parse_request,
+    parse_response,
+    request_bytes,
+    response_bytes,
+)
+from proxy.poller import Channel, Poller, Strand
+from proxy.pool import Place, Pool, UpstreamConnection
+from proxy.reason import Reason
+from proxy.runtime import Runtime
+from proxy.upstream import Refused
+
+_log = logging.getLogger("sallyport")
+
+HEAD_TIMEOUT = 30.0  # seconds a head may take from its first byte
+TLS_TIMEOUT = 10.0  # seconds for a handshake
+ACCEPT_PAUSE = 0.1  # seconds without accepting when descriptors ran out
+DRAIN_STEP = 0.02  # seconds between two looks at what is left
+_IDEMPOTENT = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"})  # RFC 9110 section 9.2.2
+_TAKEN = re.compile(rb"(?:CONNECT [^ \r\n]+|[A-Z]+ https?://[^ \r\n]+) HTTP/1\.1\r\n")
+_UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
+_ABSOLUTE = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)(.*)", re.DOTALL)
+_REGULAR = mode_specs.ProxyMode.parse("regular")
+_NOWHERE = Server(address=None)
+ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Stack(Protocol):
+    """mitmproxy's own connection stack, which takes what the lane leaves."""
+
+    def adopt(self, sock: socket.socket, client: Client | None, tunnel: Tunnel | None, *, decrypted: bool) -> None:
+        """Drive a connection from here on; `client` is who it is for where the socket does not tell."""
+
+
+class Failed(Exception):
+    """The upstream failed for this reason."""
+
+    def __init__(self, reason: Reason) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class Contexts:
+    """A TLS context for each leaf, bounded: making one costs more than a handshake."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._authority = runtime.authority
+        self._contexts: OrderedDict[Host, tuple[Leaf, ssl.SSLContext]] = OrderedDict()
+
+    def get(self, host: Host) -> ssl.SSLContext:
+        """The context that shows a certificate for `host`."""
+        leaf = self._authority.leaf(host)
+        cached = self._contexts.get(host)
+        if cached is None or cached[0] is not leaf:
+            cached = self._contexts[host] = (leaf, _context(leaf))
+            if len(self._contexts) > MAX_LEAVES:
+                self._contexts.popitem(last=False)
+        self._contexts.move_to_end(host)
+        return cached[1]
+
+
+def _context(leaf: Leaf) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    context.num_tickets = 1
+    key = leaf.key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+    )
+    memory = os.memfd_create("leaf", os.MFD_CLOEXEC)  # ssl loads a chain only from a file
+    with open(memory, "wb") as file:
+        file.write(key + leaf.certificate.public_bytes(serialization.Encoding.PEM))
+        file.flush()
+        context.load_cert_chain(f"/proc/self/fd/{memory}")
+    return context
+
+
+class Lane:
+    """Accepts on listening sockets and serves what it takes."""
+
+    def __init__(self, runtime: Runtime, addon: Addon, stack: Stack) -> None:
+        self.runtime = runtime
+        self.addon = addon
+        self.stack = stack
+        self.limits = runtime.settings.limits
+        self.poller = Poller()
+        self.pool = Pool(self.poller, runtime.upstream.addresses, runtime.settings.upstream.trust)
+        self.contexts = Contexts(runtime)
+        self.connections: dict[str, Connection] = {}
+        self.strangers: set[Connection] = set()  # who has not said yet what it wants
+        self._listening: list[socket.socket] = []
+
+    def listen(self, sock: socket.socket) -> None:
+        """Accept from a listening socket."""
+        sock.setblocking(False)
+        self._listening.append(sock)
+        asyncio.get_running_loop().add_reader(sock.fileno(), self._accept, sock)
+
+    def _accept(self, listening: socket.socket) -> None:
+        for _ in range(64):
+            try:
+                sock, _ = listening.accept()
+            except BlockingIOError:
+                return
+            except OSError:  # out of descriptors: the backlog waits until some are free
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(listening.fileno())
+                loop.call_later(ACCEPT_PAUSE, self._resume, listening)
+                return
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            Connection(self, sock).start()
+
+    def _resume(self, listening: socket.socket) -> None:
+        if listening.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(listening.fileno(), self._accept, listening)
+
+    def stop_listening(self) -> None:
+        """Accept nothing more."""
+        for sock in self._listening:
+            asyncio.get_running_loop().remove_reader(sock.fileno())
+            sock.close()
+        self._listening.clear()
+
+    async def drain(self, hurry: asyncio.Event, patience: float) -> None:
+        """Accept nothing more; let exchanges finish until `hurry`, at most `patience` seconds; cut the rest."""
+        self.stop_listening()
+        for stranger in list(self.strangers):
+            stranger.abort()
+        deadline = self.poller.now() + patience
+        while self.connections and not hurry.is_set() and self.poller.now() < deadline:
+            for connection in list(self.connections.values()):
+                if not connection.busy:
+                    connection.abort()
+            await asyncio.sleep(DRAIN_STEP)
+        for connection in list(self.connections.values()):
+            connection.abort()
+
+    def close(self) -> None:
+        """Give up what is left: nothing of the lane goes on after this."""
+        self.pool.close()
+        self.poller.close()
+
+
+class Connection:
+    """One client connection in the lane."""
+
+    def __init__(self, lane: Lane, sock: socket.socket) -> None:
+        self.lane = lane
+        self.addon = lane.addon
+        self.idle = lane.limits.idle
+        self.channel = Channel(lane.poller, sock)
+        self.buffer = bytearray()
+        self.client: Client | None = None
+        self.inside = False  # a tunnel
+        self.busy = False  # with an exchange
+        self.upstream: UpstreamConnection | None = None
+
+    def start(self) -> None:
+        """Serve it on a strand of its own."""
+        Strand(self._serve(), self._ended).step()
+
+    def _ended(self, error: BaseException | None) -> None:
+        if error is None:
+            self.channel.say_goodbye()
+        self.abort()
+        if self.client:
+            self.lane.connections.pop(self.client.id, None)
+            self.addon.client_disconnected(self.client)
+        if error and not isinstance(error, OSError | TimeoutError | BadMessage):
+            _log.error("a connection failed and was cut: %s", where(error))
+
+    def abort(self) -> None:
+        """Cut it, and what it has upstream."""
+        self.channel.close()
+        if self.upstream:
+            self.upstream.channel.close()
+            self.upstream = None
+
+    # What is taken, and what is handed over
+
+    async def _serve(self) -> None:
+        listener = self.addon.listeners[self.channel.sock.getsockname()[1]].address
+        self.lane.strangers.add(self)
+        self.lane.runtime.metrics.connection(listener, 1)  # who says nothing is counted too
+        try:
+            taken = await self._takes()
+        finally:
+            self.lane.strangers.discard(self)
+            self.lane.runtime.metrics.connection(listener, -1)
+        if not taken:
+            if not self.channel.closed:
+                self.lane.stack.adopt(self.channel.detach(), None, None, decrypted=False)
+            return
+        self._register()
+        while True:
+            head = await self._head()
+            if head is None:
+                return
+            if (head.upgrade or head.version != b"HTTP/1.1") and not self.addon.is_mismatched(self.client):
+                await self._hand_over_decrypted(head)
+                return
+            if head.method == b"CONNECT" and not self.inside:
+                if self.buffer or not await self._connect(head):
+                    return
+                continue
+            self.busy = True
+            if not await self._exchange(head):
+                return
+            self.busy = False
+
+    async def _takes(self) -> bool:
+        """Whether the connection begins with a request the lane understands, looking only."""
+        data = b""
+        while True:
+            data = await self.channel.peek(self.lane.limits.headers, HEAD_TIMEOUT if data else self.idle, len(data))
+            if not data:
+                self.channel.close()
+                return False
+            end = data.find(b"\r\n\r\n")
+            if end >= 0:
+                return bool(_TAKEN.match(data)) and not _UPGRADE.search(data, 0, end)
+            if not data[:1].isupper() or len(data) >= self.lane.limits.headers:
+                return False
+
+    def _register(self) -> None:
+        sock = self.channel.sock
+        peer, own = sock.getpeername(), sock.getsockname()
+        self.client = Client(peername=peer[:2], sockname=own[:2], state=ConnectionState.OPEN, proxy_mode=_REGULAR)
+        self.lane.connections[self.client.id] = self
+        self.addon.client_connected(self.client)
+        if self.client.error:
+            raise ConnectionAbortedError
+
+    async def _hand_over_decrypted(self, head: RequestHead) -> None:
+        """Let mitmproxy's stack have the rest, as plain bytes: a WebSocket, or an old HTTP."""
+        ours, theirs = socket.socketpair()
+        client, tunnel = self.client, self.addon.tunnel_of(self.client)
+        assert client
+        self.lane.connections.pop(client.id, None)
+        self.addon.client_disconnected(client)
+        self.client = None
+        other = Channel(self.lane.poller, ours)
+        self.lane.stack.adopt(theirs, client, tunnel, decrypted=True)
+        back = Strand(_pump(other, self.channel, self.idle), lambda _: _close(other, self.channel))
+        try:
+            await other.send(head.raw + bytes(self.buffer), self.idle)
+            back.step()
+            await _pump(self.channel, other, self.idle)
+        finally:
+            _close(other, self.channel)
+
+    async def _connect(self, head: RequestHead) -> bool:
+        """Accept a tunnel and begin TLS in it; whether it goes on here."""
+        assert self.client
+        flow = self._flow(head, b"", head.target, b"")
+        self.addon.http_connect(flow)
+        if flow.response:
+            await self._send_and_close(_own_bytes(flow.response))
+            return False
+        with contextlib.suppress(BlockingIOError):  # some clients end the head of CONNECT with more empty lines
+            early = self.channel.sock.recv(MAX_HELLO, socket.MSG_PEEK)
+            self.channel.sock.recv(len(early) - len(early.lstrip(b"\r\n")))
+        await self.channel.send(ESTABLISHED, self.idle)
+        seen = 0
+        while True:
+            data = await self.channel.peek(MAX_HELLO, self.idle if not seen else TLS_TIMEOUT, seen)
+            if not data:
+                return False
+            if not is_tls(data):
+                self.addon.refuse_tunnel(self.client)
+                return False
+            try:
+                hello = parse_client_hello(data)
+            except ValueError:
+                return self._hand_over_tunnel()
+            if hello:
+                break
+            seen = len(data)
+        if hello.protocols and b"http/1.1" not in hello.protocols:
+            return self._hand_over_tunnel()
+        context = self.lane.contexts.get(self.addon.certificate_host(self.client, hello.server_name))
+        await self.channel.start_tls(context, TLS_TIMEOUT, server_side=True)
+        self.inside = True
+        return True
+
+    def _hand_over_tunnel(self) -> bool:
+        client, tunnel = self.client, self.addon.tunnel_of(self.client)
+        assert client
+        self.lane.connections.pop(client.id, None)
+        self.addon.client_disconnected(client)
+        self.client = None
+        self.lane.stack.adopt(self.channel.detach(), None, tunnel, decrypted=False)
+        return False
+
+    # Requests
+
+    async def _head(self) -> RequestHead | None:
+        """The next request head; None when the client is gone or was told off."""
+        limit, started = self.lane.limits.headers, 0.0
+        try:
+            while True:
+                if self.buffer and (head := parse_request(self.buffer, limit)):
+                    return head
+                now = self.lane.poller.now()
+                started = started or (now if self.buffer else 0.0)
+                patience = max(0.0, started + HEAD_TIMEOUT - now) if started else self.idle
+                data = await (self._exactly_a_head(patience) if not self.inside else self.channel.recv(patience))
+                if not data:
+                    return None
+                self.buffer += data
+        except BadMessage as error:
+            assert self.client
+            await self._send_and_close(self.addon.refuse_head(self.client, str(error)))
+            return None
+
+    async def _exactly_a_head(self, patience: float) -> bytes:
+        """From a plain socket no byte is taken beyond a head: after CONNECT they belong to TLS."""
+        limit, seen = self.lane.limits.headers, 0
+        while True:
+            data = await self.channel.peek(limit, patience, seen)
+            end = data.find(b"\r\n\r\n")
+            if end >= 0 or not data or len(data) >= limit or b"\n\n" in data:
+                return self.channel.sock.recv(end + 4 if end >= 0 else limit)
+            seen, patience = len(data), HEAD_TIMEOUT
+
+    def _flow(self, head: RequestHead, scheme: bytes, authority: bytes, path: bytes) -> http.HTTPFlow:
+        """mitmproxy's objects, made without their type checks, which cost more than the rest of a request."""
+        now = time.time()
+        data = object.__new__(http.RequestData)
+        data.__dict__.update(
+            http_version=head.version,
+            headers=_headers(head.headers),
+            content=None,
+            trailers=None,
+            timestamp_start=now,
+            timestamp_end=None,
+            host=authority.decode("latin-1"),
+            port=0,
+            method=head.method,
+            scheme=scheme,
+            authority=authority,
+            path=path,
+        )
+        request = object.__new__(http.Request)
+        request.__dict__.update(data=data, stream=False)
+        flow = object.__new__(http.HTTPFlow)
+        flow.__dict__.update(
+            id="",
+            client_conn=self.client,
+            server_conn=_NOWHERE,
+            live=True,
+            timestamp_created=now,
+            intercepted=False,
+            _resume_event=None,
+            _backup=None,
+            marked="",
+            is_replay=None,
+            metadata={STATE: FlowState(scheme.decode("latin-1"), authority.decode("latin-1"))},
+            comment="",
+            request=request,
+        )
+        return flow
+
+    async def _exchange(self, head: RequestHead) -> bool:
+        """One request and its answer; whether the connection may carry another."""
+        absolute = _ABSOLUTE.fullmatch(head.target) if head.target[:1] != b"/" else None
+        if absolute and absolute[2]:
+            path = absolute[3] if absolute[3][:1] == b"/" else b"/" + absolute[3]
+            flow = self._flow(head, absolute[1].lower(), absolute[2], path)
+        else:
+            flow = self._flow(head, b"", b"", head.target)
+        await Strand.finish(self.addon.requestheaders(flow))
+        body = Body(head.length)
+        if flow.response:
+            return await self._refuse(flow, head, body)
+        if head.expect:
+            flow.request.headers.pop("expect", None)
+            await self.channel.send(CONTINUE, self.idle)
+        try:
+            return await self._forward(flow, head, body)
+        except Failed as failed:
+            return await self._upstream_failed(flow, failed.reason, body)
+
+    async def _refuse(self, flow: http.HTTPFlow, head: RequestHead, body: Body) -> bool:
+        """Send our own answer; a large body is not waited for."""
+        response = flow.response
+        assert response
+        small = head.length is not None and head.length <= CONSUMED_BODY and not head.expect
+        if small:
+            await self._read_all(body)
+        keep = small and not self.addon.wants_close(flow) and response.status_code != 400
+        if not keep:
+            response.headers["connection"] = "close"
+        self.addon.response(flow)
+        if keep or small:
+            await self.channel.send(_own_bytes(response, head.method), self.idle)
+            return keep
+        await self._send_and_close(_own_bytes(response, head.method))
+        return False
+
+    async def _read_all(self, body: Body) -> bytes:
+        """The whole body of a request."""
+        parts = []
+        while not body.done:
+            parts.append(body.take(self.buffer))
+            if not body.done:
+                data = await self.channel.recv(self.idle)
+                if not data:
+                    raise ConnectionAbortedError
+                self.buffer += data
+        return b"".join(parts)
+
+    async def _send_and_close(self, answer: bytes) -> None:
+        """A close with unread input would be a reset, and the answer lost (RFC 9112 section 9.6)."""
+        await self.channel.send(answer, self.idle)
+        self.channel.say_goodbye()
+        with contextlib.suppress(OSError, TimeoutError):
+            self.channel.sock.shutdown(socket.SHUT_WR)
+            left = LINGER_BYTES
+            while left > 0 and (data := await self.channel.recv(LINGER_SECONDS)):
+                left -= len(data)
+
+    # Upstream
+
+    async def _forward(self, flow: http.HTTPFlow, head: RequestHead, body: Body) -> bool:
+        request = flow.request.data
+        first = b""
+        pump: Callable[[UpstreamConnection], Strand] | None = None
+        chunked = "transfer-encoding" in flow.request.headers
+        if not flow.request.stream:
+            flow.request.raw_content = await self._read_all(body)
+            self.addon.request(flow)
+            if flow.response:
+                return await self._refuse(flow, head, body)
+            first = flow.request.raw_content or b""
+        elif body.done or (head.length is not None and head.length <= CONSUMED_BODY):
+            first = self._framed(flow, await self._read_all(body) if not body.done else b"", chunked, last=True)
+            state_of(flow).streamed = False  # nothing has left yet
+            self.addon.request(flow)
+            if flow.response:
+                return await self._refuse(flow, head, body)
+        else:
+            sent = [False]
+            pump = lambda upstream: Strand(self._pump_body(flow, body, chunked, upstream, sent), lambda _: None)  # noqa: E731
+        message = request_bytes(request.method, request.path, request.headers.fields) + first
+        dial = self.addon.dial_of(flow)
+        place = Place(dial.host, request.port, request.scheme == b"https", dial.private)
+        self.channel.on_event = lambda hung_up: self.abort() if hung_up else None
+        try:
+            upstream, answer = await self._ask(flow, place, message, request.method, pump)
+            keep = await self._respond(flow, upstream, answer)
+        finally:
+            self.channel.on_event = None
+        self.upstream = None
+        whole = body.done and (pump is None or sent[0])
+        if answer.keep_alive and whole:
+            self.lane.pool.release(upstream)
+        else:
+            upstream.channel.close()
+        if not whole and not self.channel.closed:
+            await self._send_and_close(b"")
+        return keep and whole
+
+    def _framed(self, flow: http.HTTPFlow, data: bytes, chunked: bool, *, last: bool) -> bytes:
+        """A part of the request's body as it goes out, after the addon's stream function saw it."""
+        stream = flow.request.stream
+        pieces: list[bytes] = []
+        if callable(stream):
+            pieces += _each(stream(data)) if data else []
+            pieces += _each(stream(b"")) if last else []
+        if not chunked:
+            return b"".join(pieces)
+        return b"".join(map(chunk, pieces)) + (LAST_CHUNK if last else b"")
+
+    async def _pump_body(
+        self, flow: http.HTTPFlow, body: Body, chunked: bool, upstream: UpstreamConnection, sent: list[bool]
+    ) -> None:
+        """Stream a large body upstream while the answer is awaited."""
+        while True:
+            try:
+                data = body.take(self.buffer)
+            except BadMessage:
+                data = None
+            if data is None or self.channel.closed:
+                self.abort()
+                return
+            try:
+                await upstream.channel.send(self._framed(flow, data, chunked, last=body.done), self.idle)
+            except (OSError, TimeoutError):
+                return  # an upstream may answer and close before it has read everything
+            if body.done:
+                break
+            try:
+                more = await self.channel.recv_more(self.idle)
+            except (OSError, TimeoutError):
+                more = b""
+            if not more:
+                self.abort()
+                return
+            self.buffer += more
+        self.addon.request(flow)
+        sent[0] = True
+
+    async def _ask(
+        self,
+        flow: http.HTTPFlow,
+        place: Place,
+        message: bytes,
+        method: bytes,
+        pump: Callable[[UpstreamConnection], Strand] | None,
+    ) -> tuple[UpstreamConnection, ResponseHead]:
+        """Send the request and read the head of its answer. Raises Failed."""
+        may_retry, again = method in _IDEMPOTENT and pump is None, False
+        while True:
+            try:
+                upstream = self.upstream = await self.lane.pool.acquire(place, fresh=again)
+            except Refused as refused:
+                raise Failed(refused.reason) from None
+            flow.server_conn = upstream.server
+            try:
+                await upstream.channel.send(message, self.idle)
+                if pump:
+                    pump(upstream).step()
+                return upstream, await self._answer_head(upstream, method)
+            except TimeoutError:
+                upstream.channel.close()
+                raise Failed(Reason.UPSTREAM_TIMEOUT) from None
+            except (OSError, BadMessage):
+                upstream.channel.close()
+                if self.channel.closed:
+                    raise ConnectionAbortedError from None
+                if again or not may_retry or not upstream.used or upstream.buffer:
+                    raise Failed(Reason.UPSTREAM_UNREACHABLE) from None
+                again = True  # a kept connection that died before the first byte: once more, on a new one
+
+    async def _answer_head(self, upstream: UpstreamConnection, method: bytes) -> ResponseHead:
+        skipped = 0
+        while True:
+            if upstream.buffer and (head := parse_response(upstream.buffer, method, MAX_RESPONSE_HEAD)):
+                if head.status >= 200:
+                    return head
+                skipped += 1
+                if head.status == 101 or skipped > MAX_INFORMATIONAL:
+                    raise BadMessage("the upstream does not answer")
+                continue
+            data = await upstream.channel.recv_more(self.idle)
+            if not data:
+                raise ConnectionResetError
+            upstream.buffer += data
+
+    async def _respond(self, flow: http.HTTPFlow, upstream: UpstreamConnection, head: ResponseHead) -> bool:
+        """Pass the answer on; whether the client's connection may carry another request."""
+        response = flow.response = _response(head)
+        self.addon.responseheaders(flow)
+        stream: Any = response.stream
+        headers = response.headers
+        if head.length == -1 and "transfer-encoding" not in headers:  # the client's connection need not close
+            headers["transfer-encoding"] = "chunked"
+        bodiless = flow.request.data.method == b"HEAD" or head.status in (204, 304)
+        chunked = "transfer-encoding" in headers and not bodiless
+        out = [response_bytes(head.status, response.data.reason, headers.fields)]
+        body = Body(head.length)
+        while True:
+            data = body.take(upstream.buffer) if not body.done else b""
+            pieces = _each(stream(data)) if data and callable(stream) else []
+            if body.done and callable(stream):
+                pieces += _each(stream(b""))
+            out += map(chunk, pieces) if chunked else pieces
+            if body.done:
+                break
+            if out:
+                await self.channel.send(b"".join(out), self.idle)
+                out.clear()
+            more = await upstream.channel.recv_more(self.idle)
+            if more:
+                upstream.buffer += more
+            else:
+                body.end()
+        if chunked:
+            out.append(LAST_CHUNK)
+        self.addon.response(flow)
+        await self.channel.send(b"".join(out), self.idle)
+        return bool(headers.get("connection", "").lower() != "close")
+
+    async def _upstream_failed(self, flow: http.HTTPFlow, reason: Reason, body: Body) -> bool:
+        self.addon.dial_of(flow).failure = reason
+        flow.error = Error("upstream")
+        self.addon.error(flow)
+        response = flow.response
+        if response is None:
+            return False
+        if not body.done:
+            response.headers["connection"] = "close"
+            await self._send_and_close(_own_bytes(response, flow.request.data.method))
+            return False
+        await self.channel.send(_own_bytes(response, flow.request.data.method), self.idle)
+        return not self.addon.wants_close(flow)
+
+
+def _headers(fields: Iterable[tuple[bytes, bytes]]) -> http.Headers:
+    headers = object.__new__(http.Headers)
+    headers.fields = tuple(fields)
+    return headers
+
+
+def _response(head: ResponseHead) -> http.Response:
+    """mitmproxy's response; the upstream's Connection is its own affair (RFC 9110 section 7.6.1)."""
+    data = object.__new__(http.ResponseData)
+    data.__dict__.update(
+        http_version=b"HTTP/1.1",
+        headers=_headers(field for field in head.headers if field[0].lower() != b"connection"),
+        content=None,
+        trailers=None,
+        timestamp_start=0.0,
+        timestamp_end=None,
+        status_code=head.status,
+        reason=head.phrase,
+    )
+    response = object.__new__(http.Response)
+    response.__dict__.update(data=data, stream=False)
+    return response
+
+
+def _own_bytes(response: http.Response, method: bytes = b"GET") -> bytes:
+    """A whole answer that we made."""
+    head = response_bytes(response.status_code, response.data.reason, response.headers.fields)
+    return head if method == b"HEAD" else head + (response.raw_content or b"")
+
+
+def _each(pieces: bytes | Iterable[bytes]) -> list[bytes]:
+    if isinstance(pieces, bytes):
+        return [pieces] if pieces else []
+    return [piece for piece in pieces if piece]
+
+
+async def _pump(source: Channel, target: Channel, idle: float) -> None:
+    """Everything from one to the other until either ends."""
+    while data := await source.recv(idle):
+        await target.send(data, idle)
+
+
+def _close(*channels: Channel) -> None:
+    for channel in channels:
+        channel.close()
+
+

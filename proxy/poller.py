@@ -1,0 +1,298 @@
+"""Non-blocking sockets on one edge-triggered epoll, and the coroutines that wait for them. Knows no HTTP.
+
+A `Strand` is a coroutine stepped straight from the poller: waking one costs a function call, where an asyncio task
+costs a turn of the loop. Work that needs asyncio (a store, DNS) is awaited through `Strand.finish`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import select
+import socket
+import ssl
+import types
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any
+
+from proxy.guard import where
+
+_log = logging.getLogger("sallyport")
+
+READ, WRITE = select.EPOLLIN, select.EPOLLOUT
+_EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLET | select.EPOLLRDHUP
+_HUNG_UP = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
+_SWEEP = 0.5  # seconds between two looks for waits that have lasted too long
+RECORD = 16384  # bytes of plaintext in a TLS record at most (RFC 8446 section 5.1)
+CHUNK = 65536  # bytes read at a time
+ROUNDS, BATCH = 4, 32  # looks at the kernel in a turn of the loop, which costs more than one; events taken at each
+TURNS = 16  # reads and writes that need no wait before the others have theirs: some milliseconds of a fast transfer
+
+_BLOCKED_READ = (BlockingIOError, ssl.SSLWantReadError)
+_BLOCKED_WRITE = (BlockingIOError, ssl.SSLWantWriteError)
+
+
+@types.coroutine
+def _park() -> Generator[None, None, None]:
+    yield
+
+
+def _call[T](callback: Callable[[T], None], argument: T) -> None:
+    """An exception of one connection's callback must not reach the others whose events come after it."""
+    try:
+        callback(argument)
+    except Exception as error:
+        _log.error("a connection's callback failed: %s", where(error))
+
+
+class Strand:
+    """One running coroutine. `on_end` is told of the exception it ended with, or None."""
+
+    __slots__ = ("_coroutine", "_on_end", "turns")
+    current: Strand | None = None
+
+    def __init__(
+        self, coroutine: Coroutine[None, None, None], on_end: Callable[[BaseException | None], None] = lambda _: None
+    ) -> None:
+        self._coroutine = coroutine
+        self._on_end = on_end
+        self.turns = 0  # reads and writes since it last waited
+
+    def step(self, error: BaseException | None = None) -> None:
+        """Run until it waits again."""
+        before, Strand.current = Strand.current, self
+        self.turns = 0
+        try:
+            if error is None:
+                self._coroutine.send(None)
+            else:
+                self._coroutine.throw(error)
+        except StopIteration:
+            _call(self._on_end, None)
+        except (Exception, asyncio.CancelledError) as failure:
+            _call(self._on_end, failure)
+        finally:
+            Strand.current = before
+
+    async def rest(self) -> None:
+        """Go on behind the others: a peer that is always ready must not starve them."""
+        asyncio.get_running_loop().call_soon(self.step)
+        await _park()
+
+    @staticmethod
+    async def finish[T](work: Coroutine[Any, Any, T]) -> T:
+        """Await asyncio's kind of coroutine; what does not suspend costs no turn of the loop."""
+        task: asyncio.Task[T] = asyncio.eager_task_factory(asyncio.get_running_loop(), work)
+        if not task.done():
+            strand = Strand.current
+            assert strand
+            task.add_done_callback(lambda _: strand.step())
+            await _park()
+        return task.result()
+
+
+class Channel:
+    """A connected socket, plain or TLS. At most one strand reads and one writes at a time."""
+
+    __slots__ = ("_poller", "_waiting", "fd", "hung_up", "on_event", "sock")
+
+    def __init__(self, poller: Poller, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock: socket.socket | ssl.SSLSocket = sock
+        self.fd = sock.fileno()
+        self.on_event: Callable[[bool], None] | None = None  # the peer acted while nobody reads; whether it hung up
+        self.hung_up = False  # the peer sends no more, though some of it may still be unread
+        self._poller = poller
+        # By strand, not by event: in TLS a reader may have to write and a writer to read (SSL_ERROR_WANT_WRITE).
+        self._waiting: dict[Strand, tuple[int, float]] = {}
+        poller.add(self)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was given up."""
+        return self.fd < 0
+
+    def ready(self, events: int) -> None:
+        """Wake who waits for what happened."""
+        if events & _HUNG_UP:
+            self.hung_up = True
+            events |= READ | WRITE
+        if self.on_event and events & READ and not any(event == READ for event, _ in self._waiting.values()):
+            _call(self.on_event, bool(events & _HUNG_UP))
+        for strand in [strand for strand, (event, _) in self._waiting.items() if event & events]:
+            self._wake(strand)
+
+    def _wake(self, strand: Strand, error: BaseException | None = None) -> None:
+        if self._waiting.pop(strand, None):  # none: what woke another strand has woken this one too
+            strand.step(error)
+
+    def late(self, now: float) -> None:
+        """Fail the waits whose time is over."""
+        for strand, (_, deadline) in list(self._waiting.items()):
+            if deadline <= now:
+                self._wake(strand, TimeoutError())
+
+    async def wait(self, event: int, seconds: float) -> None:
+        """Wait for the socket. Raises TimeoutError, and ConnectionError when it is closed meanwhile."""
+        if self.fd < 0:
+            raise ConnectionAbortedError
+        strand = Strand.current
+        assert strand
+        self._waiting[strand] = event, self._poller.now() + seconds
+        await _park()
+
+    async def recv(self, seconds: float) -> bytes:
+        """What has arrived; empty at the end. Raises OSError, TimeoutError."""
+        if strand := Strand.current:
+            strand.turns += 1
+            if strand.turns > TURNS:
+                await strand.rest()
+        while True:
+            try:
+                return self.sock.recv(CHUNK)
+            except _BLOCKED_READ:
+                await self.wait(READ, seconds)
+            except ssl.SSLWantWriteError:
+                await self.wait(WRITE, seconds)
+            except ssl.SSLEOFError:
+                return b""  # without close_notify: framing tells whether something is missing
+
+    async def recv_more(self, seconds: float) -> bytes:
+        """As `recv`, and for TLS what further records have arrived too, up to some `CHUNK`."""
+        data = await self.recv(seconds)
+        if len(data) < RECORD or not isinstance(self.sock, ssl.SSLSocket):
+            return data
+        parts, size = [data], len(data)
+        try:
+            while size < CHUNK and data:
+                data = self.sock.recv(CHUNK)
+                parts.append(data)
+                size += len(data)
+        except (*_BLOCKED_READ, OSError):
+            pass  # the next recv meets it again
+        return b"".join(parts)
+
+    async def peek(self, size: int, seconds: float, known: int = 0) -> bytes:
+        """What has arrived of a plain socket, more than the `known` bytes seen before, left where it is. Empty where
+        no more will come."""
+        while True:
+            try:
+                data = self.sock.recv(size, socket.MSG_PEEK)
+            except BlockingIOError:
+                data = None
+            if data is not None and (len(data) > known or not data):
+                return data
+            if self.hung_up:
+                return b""
+            await self.wait(READ, seconds)
+
+    async def send(self, data: bytes, seconds: float) -> None:
+        """Send all of it. Raises OSError, TimeoutError."""
+        if strand := Strand.current:
+            strand.turns += 1
+            if strand.turns > TURNS:
+                await strand.rest()
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self.sock.send(view) :]
+            except _BLOCKED_WRITE:
+                await self.wait(WRITE, seconds)
+            except ssl.SSLWantReadError:
+                await self.wait(READ, seconds)
+
+    async def start_tls(self, context: ssl.SSLContext, seconds: float, **options: Any) -> None:
+        """A TLS handshake on the socket, `seconds` in all. Raises OSError (ssl.SSLError), TimeoutError."""
+        deadline = self._poller.now() + seconds
+        wrapped = context.wrap_socket(self.sock, do_handshake_on_connect=False, suppress_ragged_eofs=False, **options)
+        self.sock = wrapped
+        while True:
+            try:
+                wrapped.do_handshake()
+                return
+            except ssl.SSLWantReadError:
+                await self.wait(READ, deadline - self._poller.now())
+            except ssl.SSLWantWriteError:
+                await self.wait(WRITE, deadline - self._poller.now())
+
+    def say_goodbye(self) -> None:
+        """Tell a TLS peer that nothing more comes: without close_notify it must take the end for a cut. What it still
+        sends can only be dropped, below TLS: OpenSSL may read no more once it met data after its own close_notify."""
+        if isinstance(self.sock, ssl.SSLSocket) and not self.closed:
+            with contextlib.suppress(OSError, ValueError):
+                self.sock.unwrap()  # sends, then fails because the answer is not there yet
+            self.sock = socket.socket(fileno=self.sock.detach())
+            self.sock.setblocking(False)
+
+    def detach(self) -> socket.socket:
+        """The plain socket, for somebody else; the channel is over."""
+        self._poller.remove(self)
+        self.fd = -1
+        return self.sock
+
+    def close(self) -> None:
+        """Hang up. Who waits gets ConnectionError."""
+        if self.fd < 0:
+            return
+        self._poller.remove(self)
+        self.fd = -1
+        self.on_event = None
+        self.sock.close()
+        for strand in list(self._waiting):
+            self._wake(strand, ConnectionAbortedError())
+
+
+class Poller:
+    """The epoll of one event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.now = self._loop.time
+        self._epoll = select.epoll()
+        self._channels: dict[int, Channel] = {}
+        self._loop.add_reader(self._epoll.fileno(), self._poll)
+        self._timer = self._loop.call_later(_SWEEP, self._sweep)
+
+    def add(self, channel: Channel) -> None:
+        """Watch a channel until it is removed. Raises ConnectionAbortedError when the poller is closed."""
+        if self._epoll.closed:
+            channel.sock.close()
+            raise ConnectionAbortedError
+        self._epoll.register(channel.fd, _EVENTS)
+        self._channels[channel.fd] = channel
+
+    def remove(self, channel: Channel) -> None:
+        """Watch it no more."""
+        if self._channels.get(channel.fd) is channel:  # a failed wrap_socket has closed it, and others may have its fd
+            del self._channels[channel.fd]
+            with contextlib.suppress(OSError, ValueError):
+                self._epoll.unregister(channel.fd)
+
+    def _poll(self) -> None:
+        for _ in range(ROUNDS):
+            if self._epoll.closed:
+                return
+            # Looked up before any is told: one that is told may close another, and a third take its descriptor.
+            happened = [(self._channels.get(fd), events) for fd, events in self._epoll.poll(0, BATCH)]
+            if not happened:
+                return
+            for channel, events in happened:
+                if channel and not channel.closed:
+                    channel.ready(events)
+
+    def _sweep(self) -> None:
+        self._timer = self._loop.call_later(_SWEEP, self._sweep)
+        now = self.now()
+        for channel in list(self._channels.values()):
+            channel.late(now)
+
+    def close(self) -> None:
+        """Hang up on everybody."""
+        if self._epoll.closed:
+            return
+        self._timer.cancel()
+        self._loop.remove_reader(self._epoll.fileno())
+        self._epoll.close()
+        while self._channels:
+            next(iter(self._channels.values())).close()
