@@ -67,24 +67,24 @@ def parse_response(buffer: bytearray, method: bytes, limit: int) -> ResponseHead
 
     Raises BadMessage.
     """
-    blank = _BLANK_LINE.search(buffer, 0, limit)
-    if not blank:
-        if len(buffer) >= limit:
-            raise BadMessage("the head of the answer is too large")
-        return None
-    end = blank.end()
-    del blank  # it holds on to the buffer
-    raw = bytes(buffer[:end])
-    match = _RESPONSE.fullmatch(raw)
-    if not match and not _FOLDED_FIRST.match(raw):
-        raw = _mended(raw)
-        match = _RESPONSE.fullmatch(raw)
+    end = buffer.find(HEAD_END, 0, limit) + len(HEAD_END)
+    match = _RESPONSE.fullmatch(bytes(buffer[:end]))  # what is sound holds no other empty line before this one
+    if not match:
+        blank = _BLANK_LINE.search(buffer, 0, limit)
+        if not blank:
+            if len(buffer) >= limit:
+                raise BadMessage("the head of the answer is too large")
+            return None
+        end = blank.end()
+        del blank  # it holds on to the buffer
+        raw = bytes(buffer[:end])
+        match = None if _FOLDED_FIRST.match(raw) else _RESPONSE.fullmatch(_mended(raw))
     if not match:
         raise BadMessage("the answer is not HTTP")
     del buffer[:end]
     minor, status, phrase, _ = match.groups()
     head = ResponseHead(
-        b"HTTP/1." + minor, int(status), phrase or b"", split_fields(raw, match.end(4)), -1, minor == b"1"
+        b"HTTP/1." + minor, int(status), phrase or b"", split_fields(match.string, match.end(4)), -1, minor == b"1"
     )
     _frame(head)
     if method == b"HEAD" or head.status < 200 or head.status in (204, 304):

@@ -49,6 +49,7 @@ from proxy.poller import Channel, Poller, Strand
 from proxy.pool import Place, Pool, UpstreamConnection
 from proxy.reason import Reason
 from proxy.runtime import Runtime
+from proxy.tls import CIPHERS
 from proxy.upstream import Refused
 
 _log = logging.getLogger("sallyport")
@@ -104,6 +105,7 @@ class Contexts:
 def _context(leaf: Leaf) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers(CIPHERS)
     context.set_alpn_protocols(["http/1.1"])
     context.num_tickets = 1
     key = leaf.key.private_bytes(
@@ -252,9 +254,11 @@ class Connection:
 
     async def _takes(self) -> bool:
         """Whether the connection begins with a request the lane understands, looking only."""
-        data = b""
+        data, deadline = b"", 0.0
         while True:
-            data = await self.channel.peek(self.lane.limits.headers, HEAD_TIMEOUT if data else self.idle, len(data))
+            patience = deadline - self.lane.poller.now() if data else self.idle
+            data = await self.channel.peek(self.lane.limits.headers, patience, len(data))
+            deadline = deadline or self.lane.poller.now() + HEAD_TIMEOUT
             if not data:
                 self.channel.close()
                 return False
@@ -357,13 +361,14 @@ class Connection:
 
     async def _exactly_a_head(self, patience: float) -> bytes:
         """From a plain socket no byte is taken beyond a head: after CONNECT they belong to TLS."""
-        limit, seen = self.lane.limits.headers, 0
+        limit, seen, deadline = self.lane.limits.headers, 0, 0.0
         while True:
             data = await self.channel.peek(limit, patience, seen)
+            deadline = deadline or self.lane.poller.now() + HEAD_TIMEOUT
             end = data.find(b"\r\n\r\n")
             if end >= 0 or not data or len(data) >= limit or b"\n\n" in data:
                 return self.channel.sock.recv(end + 4 if end >= 0 else limit)
-            seen, patience = len(data), HEAD_TIMEOUT
+            seen, patience = len(data), deadline - self.lane.poller.now()
 
     def _flow(self, head: RequestHead, scheme: bytes, authority: bytes, path: bytes) -> http.HTTPFlow:
         """mitmproxy's objects, made without their type checks, which cost more than the rest of a request."""
@@ -483,11 +488,13 @@ class Connection:
                 return await self._refuse(flow, head, body)
         else:
             sent = [False]
-            pump = lambda upstream: Strand(self._pump_body(flow, body, chunked, upstream, sent), lambda _: None)  # noqa: E731
+            pump = lambda upstream: Strand(self._pump_body(flow, body, chunked, upstream, sent), self._pumped)  # noqa: E731
         message = request_bytes(request.method, request.path, request.headers.fields) + first
         dial = self.addon.dial_of(flow)
         place = Place(dial.host, request.port, request.scheme == b"https", dial.private)
         self.channel.on_event = lambda hung_up: self.abort() if hung_up else None
+        if self.channel.hung_up and not pump:
+            self.abort()
         try:
             upstream, answer = await self._ask(flow, place, message, request.method, pump)
             keep = await self._respond(flow, upstream, answer)
@@ -513,6 +520,11 @@ class Connection:
         if not chunked:
             return b"".join(pieces)
         return b"".join(map(chunk, pieces)) + (LAST_CHUNK if last else b"")
+
+    def _pumped(self, error: BaseException | None) -> None:
+        if error:
+            _log.error("a request's body could not be sent and was cut: %s", where(error))
+            self.abort()
 
     async def _pump_body(
         self, flow: http.HTTPFlow, body: Body, chunked: bool, upstream: UpstreamConnection, sent: list[bool]

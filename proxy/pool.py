@@ -16,6 +16,7 @@ from mitmproxy.connection import ConnectionState, Server
 from proxy.address import Host
 from proxy.poller import WRITE, Channel, Poller, Strand
 from proxy.reason import Reason
+from proxy.tls import CIPHERS
 from proxy.upstream import Refused, SocketAddress
 
 CONNECT_TIMEOUT = 10.0  # seconds for TCP and TLS together, each address
@@ -189,6 +190,7 @@ def _context(trust: Sequence[Path]) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.hostname_checks_common_name = False
+    context.set_ciphers(CIPHERS)
     context.set_alpn_protocols(["http/1.1"])
     for path in (Path(certifi.where()), *trust):
         context.load_verify_locations(path)

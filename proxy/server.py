@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import resource
+import select
 import signal
 import socket
 import sys
@@ -230,7 +231,8 @@ class Server:
         self._handlers: dict[str, Handler] = {}
         self._servers: list[asyncio.Server] = []
         self._adopted: set[asyncio.Future[None]] = set()
-        self.lane = Lane(runtime, self.addon, self) if runtime.settings.lane == "fast" else None
+        fast = runtime.settings.lane == "fast" and hasattr(select, "epoll")  # Linux; elsewhere mitmproxy's stack serves
+        self.lane = Lane(runtime, self.addon, self) if fast else None
 
     async def start(self) -> None:
         """Bind every listener.

@@ -18,7 +18,7 @@ from proxy.address import Host
 from proxy.ca import MAX_LEAVES, Authority, Leaf
 from proxy.problem import UserError
 
-_CIPHERS = (
+CIPHERS = (
     "ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:"
     "ECDHE-RSA-AES256-GCM-SHA384:ECDHE-ECDSA-CHACHA20-POLY1305:ECDHE-RSA-CHACHA20-POLY1305"
 )  # forward secret AEAD suites only (RFC 9325 section 4.2)
@@ -101,7 +101,7 @@ def _context(method: int) -> SSL.Context:
     context = SSL.Context(method)
     context.set_min_proto_version(SSL.TLS1_2_VERSION)
     context.set_options(net_tls.DEFAULT_OPTIONS)
-    context.set_cipher_list(_CIPHERS.encode())
+    context.set_cipher_list(CIPHERS.encode())
     return context
 
 

@@ -104,7 +104,8 @@ class Upstream:
     async def _hang_up(self) -> None:
         for writer in list(self._writers):
             writer.transport.abort()
-        await asyncio.sleep(0)
+        for _ in range(3):  # turns of the loop until TLS, and what is below it, are closed
+            await asyncio.sleep(0)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -116,7 +117,7 @@ class Upstream:
         server.close()
         for task in asyncio.all_tasks(self._loop):
             task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.run_until_complete(self._hang_up())
         self._loop.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

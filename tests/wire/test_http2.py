@@ -45,6 +45,7 @@ class Upstream2(Upstream):
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self._writers.add(writer)
         conn = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding="utf-8"))
         conn.initiate_connection()
         requests: dict[int, tuple[list[tuple[str, str]], bytes]] = {}

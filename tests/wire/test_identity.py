@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Callable
 
 import pytest
@@ -41,7 +42,7 @@ def by_network(lane: str, make_proxy: Make) -> Proxy:
     )
     for name in ("sandbox-1", "coder-2"):
         proxy.tokens[name] = proxy.cli("agent", "add", name).stdout.split()[-1]
-    wait_for(lambda: proxy.knows("sandbox-1"))
+    wait_for(lambda: json.loads(proxy.fetch_admin("/api/status")[1])["agents"]["active"] == 2)
     return proxy
 
 
