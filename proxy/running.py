@@ -29,13 +29,18 @@ class Running:
         write_private(_file(state), json.dumps(asdict(self)).encode())
 
     @staticmethod
-    def read(settings: Settings) -> Running:
-        """What the proxy of these settings wrote, else what the settings say."""
+    def read(settings: Settings) -> Running | None:
+        """What the proxy of these settings wrote; None where none runs on this host."""
         try:
             data = json.loads(_file(settings.state).read_bytes())
-            return Running(tuple(data["listen"]), data["admin"])
+            return Running(tuple(data["listen"]), data["admin"]) if _is_claimed(settings.state) else None
         except (OSError, ValueError, KeyError, TypeError):
-            return Running(tuple(listener.address for listener in settings.listen), str(settings.admin))
+            return None
+
+    @staticmethod
+    def expected(settings: Settings) -> Running:
+        """What the settings say."""
+        return Running(tuple(listener.address for listener in settings.listen), str(settings.admin))
 
     @staticmethod
     def forget(state: Path) -> None:
@@ -69,6 +74,16 @@ def claimed(state: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _is_claimed(state: Path) -> bool:
+    """Whether a proxy holds the lock; one that was killed does not."""
+    with (state / "proxy.lock").open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _file(state: Path) -> Path:

@@ -359,6 +359,7 @@ def test_an_upstream_that_does_not_answer_is_given_up(
     assert connection.response().status == 200
 
 
+@pytest.mark.slow
 def test_an_upstream_that_never_shakes_hands_is_given_up(narrow: Proxy) -> None:
     """It accepts the connection and says nothing."""
     with closing(socket.create_server(("127.0.0.1", 0))) as silent:
