@@ -243,13 +243,14 @@ def _agent_env(arguments: Arguments) -> int:
         registry = await _registry(settings, store)
         return await registry.reissue(arguments.id)
 
+    issued = _with_store(settings, token)
     authority = load_authority(settings.certs)
     bundle, wgetrc = (arguments.ca, "") if arguments.ca else map(str, write_bundle(settings.certs, authority.pem))
     running = Running.read(settings)
     if not running and not arguments.proxy:
         print("note: no proxy runs here with these settings; the address is where it would listen", file=sys.stderr)
     proxy = arguments.proxy or (running or Running.expected(settings)).reachable
-    values = variables(arguments.id, _with_store(settings, token), proxy, bundle, wgetrc)
+    values = variables(arguments.id, issued, proxy, bundle, wgetrc)
     if arguments.json:
         _print_json(values)
     else:

@@ -192,6 +192,8 @@ class StrictServer2(_http2.Http2Server):
         if isinstance(event, ResponseProtocolError) and event.code.http_status_code():
             event.code = ErrorCode.KILL
         yield from super()._handle_event(event)
+        if isinstance(event, ResponseEndOfMessage) and self.is_closed(event.stream_id):
+            self.streams.pop(event.stream_id, None)  # mitmproxy keeps it as long as the connection lasts
 
 
 class HttpLayer(http_layers.HttpLayer):

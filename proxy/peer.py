@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,13 +15,13 @@ from proxy.layers import HttpLayer
 from proxy.reason import Reason
 from proxy.settingvalue import Listener
 
-_ULID = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford base 32
+_CROCKFORD = bytes.maketrans(b"0123456789ABCDEFGHIJKLMNOPQRSTUV", b"0123456789ABCDEFGHJKMNPQRSTVWXYZ")
 
 
 def ulid(now: float, random: Callable[[int], bytes] = os.urandom) -> str:
-    """A sortable id: 48 bits of milliseconds, 80 random ones."""
+    """A sortable id: 48 bits of milliseconds and 80 random ones, in Crockford's base 32."""
     number = int(now * 1000) << 80 | int.from_bytes(random(10))
-    return "".join(_ULID[number >> shift & 31] for shift in range(125, -1, -5))
+    return base64.b32hexencode(number.to_bytes(20)).translate(_CROCKFORD)[-26:].decode("ascii")
 
 
 @dataclass(slots=True)

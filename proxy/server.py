@@ -12,6 +12,7 @@ import socket
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -292,11 +293,16 @@ class Server:
         """Accept nothing more; let what is under way finish until `hurry`, for at most `patience` seconds; cut it."""
         for server in self._servers:
             server.close()
+        lane = [self.lane.drain(hurry, patience)] if self.lane else []
+        await asyncio.gather(*lane, self._drain_stack(hurry, patience))
+
+    def close(self) -> None:
+        """Stop listening, and cut what the lane still has."""
+        for server in self._servers:
+            server.close()
         if self.lane:
-            await asyncio.gather(self.lane.drain(hurry, patience), self._drain_stack(hurry, patience))
+            self.lane.stop_listening()
             self.lane.close()
-        else:
-            await self._drain_stack(hurry, patience)
 
     async def _drain_stack(self, hurry: asyncio.Event, patience: float) -> None:
         now = asyncio.get_running_loop().time
@@ -353,10 +359,14 @@ async def serve(settings: Settings, environment: Mapping[str, str], ready: Calla
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)  # first: the store's server must not outlive an interrupted start
-    runtime = await Runtime.start(settings, environment)
-    try:
+    async with AsyncExitStack() as ending:
+        runtime = await Runtime.start(settings, environment)
+        ending.push_async_callback(runtime.stop)
+        ending.callback(Running.forget, settings.state)
         admin = await runtime.admin()
+        ending.push_async_callback(admin.stop)
         server = Server(runtime)
+        ending.callback(server.close)
         await server.start()
         loop.add_signal_handler(signal.SIGHUP, lambda: asyncio.ensure_future(runtime.rules.reload()))
         running = Running(tuple(server.addresses), f"{settings.admin.host}:{admin.port}")
@@ -365,10 +375,6 @@ async def serve(settings: Settings, environment: Mapping[str, str], ready: Calla
         await stop.wait()
         stop.clear()
         await server.drain(hurry=stop)  # a second signal does not wait
-        await admin.stop()
-    finally:
-        Running.forget(settings.state)
-        await runtime.stop()
 
 
 def _harden() -> None:

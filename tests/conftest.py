@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def plain_upstream(_shared_plain_upstream: Upstream) -> Upstream:
     return _shared_plain_upstream
 
 
-@pytest.fixture(scope="module", params=os.environ.get("LANES", "mitmproxy fast").split())
+@pytest.fixture(scope="module", params=["mitmproxy", "fast"])
 def lane(request: pytest.FixtureRequest) -> str:
     """What drives the connections: whoever asks for it says that both do the same."""
     return str(request.param)

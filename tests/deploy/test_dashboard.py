@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import subprocess
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
@@ -195,7 +196,13 @@ async def _start_prometheus(folder: Path, target: int) -> tuple[asyncio.subproce
 
 def _filled(address: str, _title: str, query: str, legend: str) -> bool:
     """Whether Prometheus has an answer now, with the labels that the legend names; a quantile of nothing is NaN."""
-    with urllib.request.urlopen(f"http://{address}/api/v1/query?{urllib.parse.urlencode({'query': query})}") as answer:
-        found = json.load(answer)["data"]["result"]
+    url = f"http://{address}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
+    try:
+        with urllib.request.urlopen(url) as answer:
+            found = json.load(answer)["data"]["result"]
+    except urllib.error.HTTPError as error:
+        if error.code != 503:  # it listens before it is ready
+            raise
+        return False
     labels = set(re.findall(r"{{(\w+)}}", legend))
     return any(series["value"][1] != "NaN" and labels <= series["metric"].keys() for series in found)
