@@ -115,6 +115,7 @@ def test_ensure_leaves_a_closed_store_closed(tmp_path: Path) -> None:
     assert not server_lives(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_is_not_joined_by_a_second_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two servers appending to one file would destroy it."""
     server = Embedded(tmp_path)
@@ -134,6 +135,7 @@ def test_a_server_that_hangs_is_not_joined_by_a_second_one(tmp_path: Path, monke
     assert server_pid(tmp_path) == pid
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_does_not_outlive_its_last_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "PATIENCE", 0.1)
     server = Embedded(tmp_path)

@@ -28,6 +28,7 @@ print(json.dumps(told))
 sys.exit(7 if "fail" in sys.argv else 0)
 """
 SET_UP = "sallyport: setting up .venv (once) ..."
+pytestmark = pytest.mark.slow
 
 
 def make_repository(at: Path) -> Path:

@@ -135,6 +135,7 @@ def test_secret_does_not_show_in_repr() -> None:
 
 
 @pytest.mark.parametrize("size", [16, 1400, 65536])
+@pytest.mark.slow
 def test_secret_of_1_mib_is_replaced_whole_and_never_held(size: int) -> None:
     """Only `HOLD` bytes wait; the rest is swallowed as it comes."""
     secret = zlib.compress(bytes(1 << 20)).hex().encode() * 510

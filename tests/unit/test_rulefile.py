@@ -204,6 +204,7 @@ def test_a_byte_order_mark_moves_no_place() -> None:
     assert str(rules[0].match.query[0][1][0]) == "010"
 
 
+@pytest.mark.slow
 def test_ten_thousand_rules_load_in_time_and_keep_their_places() -> None:
     """The budget is 5 s; what is wrong among them is still found where it stands."""
     rule = "  - name: rule-{0}\n    match: {{host: api-{0}.example.com, path: /v1/{0}/**}}\n    action: {1}\n"

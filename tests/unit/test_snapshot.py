@@ -136,6 +136,7 @@ def test_a_bug_in_loading_replaces_nothing_and_quotes_nothing(tmp_path: Path, mo
     assert [problem.message for problem in rules.problems] == ["cannot be loaded: RuntimeError"]
 
 
+@pytest.mark.slow
 def test_every_change_is_followed(tmp_path: Path) -> None:
     """An edit of the same length, a new file, a removed one, the folder gone and back."""
     write(tmp_path, RULES)

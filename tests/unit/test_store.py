@@ -240,6 +240,7 @@ def test_a_command_shares_the_store_of_a_running_proxy(tmp_path: Path) -> None:
     assert not server_lives(tmp_path)
 
 
+@pytest.mark.slow
 def test_many_commands_at_once_lose_no_change_and_leave_no_server(tmp_path: Path) -> None:
     code = """
 async def main():
@@ -270,6 +271,7 @@ def test_a_server_that_dies_is_told_and_comes_back_with_ensure(tmp_path: Path) -
     in_store(tmp_path, story)
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_costs_a_second_not_more(tmp_path: Path) -> None:
     async def story(store: Store) -> None:
         pid = server_pid(tmp_path)
@@ -371,6 +373,7 @@ def test_something_that_is_no_store_is_told(tmp_path: Path) -> None:
         asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_a_cluster_is_the_same_code(tmp_path: Path) -> None:
     arguments = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
     with remote(tmp_path / "server", *arguments) as port:
