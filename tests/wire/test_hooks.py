@@ -32,7 +32,8 @@ LAST = ("response", "client_disconnected", "addon:Addon._record", "metrics:Metri
 
 
 @pytest.fixture(scope="module")
-def proxy(lane: str, make_proxy: Callable[..., Proxy]) -> Proxy:
+def proxy(lane: str, make_proxy: Callable[..., Proxy], _shared_upstream: Upstream) -> Proxy:
+    _shared_upstream.reset()  # of what the module before this one left
     proxy = make_proxy(RULES, lane=lane, connect_to={"closed.test:443": "127.0.0.1:1"}, start=False)
     proxy.module = "tests.wire.planted"
     proxy.environment["PLANT"] = str(proxy.folder / "plant")
