@@ -43,6 +43,11 @@ class Leaf:
     key: PrivateKey
 
     @cached_property
+    def pem(self) -> bytes:
+        """Key and certificate, as the standard library's ssl loads them."""
+        return _key_pem(self.key) + self.certificate.public_bytes(serialization.Encoding.PEM)
+
+    @cached_property
     def renew(self) -> datetime.datetime:
         """When a new one is minted: after half its life."""
         return self.certificate.not_valid_after_utc - LEAF_LIFETIME / 2
@@ -151,9 +156,14 @@ def _create(folder: Path, certificate_file: Path, key_file: Path, now: datetime.
         .add_extension(_key_usage(key_cert_sign=True, crl_sign=True), critical=True)
         .sign(key, hashes.SHA256())
     )
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    pem = _key_pem(key)
     _write(key_file, pem, 0o600)
     _write(certificate_file, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+
+
+def _key_pem(key: PrivateKey) -> bytes:
+    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    return key.private_bytes(encoding, form, serialization.NoEncryption())
 
 
 def _write(path: Path, data: bytes, mode: int) -> None:

@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cryptography.hazmat.primitives import serialization
-
 from proxy.address import Host
 from proxy.ca import Authority, load_authority
 
@@ -114,12 +112,9 @@ def _upstream(authority: Authority) -> Iterator[Upstream]:
 def _tls(authority: Authority) -> ssl.SSLContext:
     def context_for(host: str) -> ssl.SSLContext:
         leaf = authority.leaf(Host.parse(host))
-        key = leaf.key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         with tempfile.NamedTemporaryFile() as file:  # ssl loads a chain only from a file
-            file.write(key + leaf.certificate.public_bytes(serialization.Encoding.PEM))
+            file.write(leaf.pem)
             file.flush()
             context.load_cert_chain(file.name)
         return context

@@ -16,7 +16,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from cryptography.hazmat.primitives import serialization
 from mitmproxy import http
 from mitmproxy.connection import Client, ConnectionState, Server
 from mitmproxy.flow import Error
@@ -108,12 +107,9 @@ def _context(leaf: Leaf) -> ssl.SSLContext:
     context.set_ciphers(CIPHERS)
     context.set_alpn_protocols(["http/1.1"])
     context.num_tickets = 1
-    key = leaf.key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
-    )
     memory = os.memfd_create("leaf", os.MFD_CLOEXEC)  # ssl loads a chain only from a file
     with open(memory, "wb") as file:
-        file.write(key + leaf.certificate.public_bytes(serialization.Encoding.PEM))
+        file.write(leaf.pem)
         file.flush()
         context.load_cert_chain(f"/proc/self/fd/{memory}")
     return context
