@@ -692,5 +692,3 @@ async def _pump(source: Channel, target: Channel, idle: float) -> None:
 def _close(*channels: Channel) -> None:
     for channel in channels:
         channel.close()
-
-
