@@ -1,0 +1,104 @@
+"""Shows that the attacks have teeth: without a defence, one that should notice must fail.
+
+    scripts/teeth            every row of the table, minutes each
+    scripts/teeth NAME...    those rows
+
+Each row removes one defence in a copy of the tree and runs the tests it names there.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PATIENCE = 600  # seconds for the tests of one row
+FAILED = 1  # pytest: tests ran and some failed; 0 is "all passed", from 2 on nothing was proved
+
+
+class Tooth(NamedTuple):
+    """A defence: `text` of `proxy/module` stands there once; with `instead` in its place `tests` must not all pass."""
+
+    name: str
+    module: str
+    text: str
+    instead: str
+    tests: str  # arguments of pytest, from tests/attack
+
+
+TEETH: tuple[Tooth, ...] = (
+    # Authority
+    Tooth(
+        "server-name",
+        "addon.py",
+        "peer.sni_mismatch = not _names(server_name, host)",
+        "peer.sni_mismatch = False",
+        "test_authority.py -k server_name",
+    ),
+    Tooth(
+        "host-header",
+        "flow.py",
+        """        _agree(value.decode("latin-1"), scheme, host, port)\n""",
+        """        _authority(value.decode("latin-1"), scheme)\n""",
+        "test_authority.py -k another_authority",
+    ),
+)
+
+
+def bite(tooth: Tooth, folder: Path) -> str:
+    """What is wrong with a row, or an empty text. `folder` gets the copy."""
+    for part in ("proxy", "rules", "tests", "pyproject.toml"):
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        copy(ROOT / part, folder / part)
+    path = folder / "proxy" / tooth.module
+    source = path.read_text()
+    if source.count(tooth.text) != 1:
+        return f"its text is not in proxy/{tooth.module} once"
+    path.write_text(source.replace(tooth.text, tooth.instead))
+    tests, *options = shlex.split(tooth.tests)
+    command = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/attack/{tests}"]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    try:
+        result = subprocess.run(
+            [*command, *options],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"its tests took longer than {PATIENCE} seconds"
+    if result.returncode == 0:
+        return "every attack passed without it"
+    if result.returncode != FAILED or " failed" not in result.stdout:  # an error in a fixture is no failed attack
+        return f"its tests did not run:\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
+    return ""
+
+
+def main(names: Sequence[str]) -> int:
+    """Try the rows of these names, or all; how many have no teeth."""
+    if unknown := set(names) - {tooth.name for tooth in TEETH}:
+        print(f"no such row: {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    toothless = 0
+    for tooth in TEETH:
+        if names and tooth.name not in names:
+            continue
+        with tempfile.TemporaryDirectory(prefix="teeth-") as folder:
+            problem = bite(tooth, Path(folder))
+        toothless += bool(problem)
+        print(f"{tooth.name}: {problem or 'an attack got through without it, and was noticed'}", flush=True)
+    return min(toothless, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
