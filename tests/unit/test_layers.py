@@ -15,11 +15,11 @@ from tests.storage import ROOT
 
 LAYERS = {
     0: "reason secret problem",
-    1: "address agent agenttoken clienthello coding exchange forms framing http1 pattern request series url",
+    1: "address agent agenttoken clienthello coding exchange forms framing http1 pattern request url",
     2: "policy grant redact",
     3: "credential explain outbound plan rulefield rulefile rulemodel rulerisk ruletest sealing validation yamltree",
     4: (
-        "admin audit ca embedded files follow gateway guard identity masterkey metrics poller records registry "
+        "admin audit ca embedded files follow gateway guard guesses identity masterkey metrics poller records registry "
         "rollback running sandboxenv settings settingvalue snapshot store upstream vault"
     ),
     5: "addon flow lane layers peer pool runtime server strict1 tls",
