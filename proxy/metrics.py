@@ -3,33 +3,28 @@
 Belongs to the event loop's thread; only `audit_dropped` may be called from another one. Label values are names an
 operator wrote or words of ours, never a host or path that a sandbox chose. Nothing here serves HTTP.
 
-The per-agent and per-rule families are plain dictionaries written out as text: 500 agents with 3,500 series cost a
-scrape 5 ms of the event loop so, and 60 ms as prometheus_client children.
+All of it is plain numbers written out as text: 500 agents with 3,500 series cost a scrape 5 ms of the event loop so,
+and 60 ms as children of prometheus_client; and what one worker counted can be taken and added to the supervisor's.
 """
 
 from __future__ import annotations
 
+import os
 import platform
+import threading
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import metadata
+from typing import Any
 
-from prometheus_client import (
-    CONTENT_TYPE_PLAIN_0_0_4,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    disable_created_metrics,
-    generate_latest,
-)
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, ProcessCollector
 
-from proxy import __version__
+from proxy import __version__, series
 from proxy.agent import AgentState
 from proxy.exchange import Exchange
+from proxy.series import Counts, Histogram
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 AGENTS = 500
@@ -42,16 +37,36 @@ _DECISION = (5e-6, 10e-6, 20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3
 _REQUEST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _UPSTREAM = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
-_AGENT_FAMILIES = (  # attribute of _Series, metric, labels after `agent`, help
-    ("requests", "requests_total", ("verdict", "reason"), "Requests by agent, verdict and reason."),
-    ("bytes", "bytes_total", ("direction",), "Body bytes by agent, in requests and in responses."),
-    ("injected", "credentials_injected_total", ("credential",), "Credentials added to requests."),
-    ("redacted", "secrets_redacted_total", ("credential", "where"), "Secrets taken out of responses."),
-    ("limits", "limits_exceeded_total", ("rule", "limit"), "Requests refused by a limit of a rule."),
-)
+_FAMILIES = {  # attribute of _Series: metric, labels after `agent`, help
+    "requests": ("requests_total", ("verdict", "reason"), "Requests by agent, verdict and reason."),
+    "bytes": ("bytes_total", ("direction",), "Body bytes by agent, in requests and in responses."),
+    "injected": ("credentials_injected_total", ("credential",), "Credentials added to requests."),
+    "redacted": ("secrets_redacted_total", ("credential", "where"), "Secrets taken out of responses."),
+    "limits": ("limits_exceeded_total", ("rule", "limit"), "Requests refused by a limit of a rule."),
+}
+_RULES, _DROPPED, _SERIES_DROPPED = "rule_requests_total", "audit_dropped_total", "agent_series_dropped_total"
+_RELOADED = "rules_last_reload_success_timestamp_seconds"
+type _Families = dict[str, tuple[tuple[str, ...], str]]  # metric: labels, help
+_COUNTERS: _Families = {
+    _RULES: (("rule", "verdict"), "Requests by the rule that decided, and its verdict."),
+    _SERIES_DROPPED: ((), f"Idle agents given up, and records counted under {OTHER}."),
+    "rules_reloads_total": (("result",), "Loads of the rules, by result."),
+    "vault_operations_total": (("operation", "result"), "Operations of the vault."),
+    _DROPPED: ((), "Exchanges missing in the audit log."),
+    "certificates_minted_total": ((), "Leaf certificates made."),
+}
+_GAUGES: _Families = {
+    "connections": (("listener",), "Open client connections."),
+    "agents": (("state",), "Registered agents."),
+    "rules": ((), "Rules in force."),
+    _RELOADED: ((), "When rules last loaded, Unix time."),
+    "store_up": ((), "1 while the store answers."),
+    "build_info": (("version", "mitmproxy", "python"), "Always 1."),
+}
+_SHOWN = ("connections", "rules", _RELOADED)  # of other processes
 _REQUEST_BYTES, _RESPONSE_BYTES = ("request",), ("response",)
 
-type _Counts = defaultdict[tuple[str, ...], int]
+type Taken = dict[str, Any]  # plain data: see `Metrics.take`
 
 
 class _Series:
@@ -61,93 +76,60 @@ class _Series:
 
     def __init__(self) -> None:
         self.used = 0.0
-        self.requests: _Counts = defaultdict(int)
-        self.bytes: _Counts = defaultdict(int)
-        self.injected: _Counts = defaultdict(int)
-        self.redacted: _Counts = defaultdict(int)
-        self.limits: _Counts = defaultdict(int)
+        self.requests: Counts = defaultdict(int)
+        self.bytes: Counts = defaultdict(int)
+        self.injected: Counts = defaultdict(int)
+        self.redacted: Counts = defaultdict(int)
+        self.limits: Counts = defaultdict(int)
+
+
+def _counts(labels: tuple[str, ...]) -> Counts:
+    """Without labels there is one series from the start."""
+    return defaultdict(int) if labels else defaultdict(int, {(): 0})
 
 
 class Metrics:
-    """The metrics of one proxy on a registry of its own; `clock` gives monotonic seconds."""
+    """The metrics of one proxy; `clock` gives monotonic seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._agents: OrderedDict[str, _Series] = OrderedDict()  # longest idle first
         self._rest = {OTHER: _Series(), NONE: _Series()}
-        self._rules: _Counts = defaultdict(int)
         self._agent_states: Callable[[], Mapping[str, int]] = dict
         self._store_up: Callable[[], bool] = bool
-        self._registry = CollectorRegistry()
-        # Process-wide: without it every counter has a second series, *_created, which Prometheus does not use.
-        disable_created_metrics()  # type: ignore[no-untyped-call]
-        ProcessCollector(registry=self._registry)
-        self._build_histograms()
-        self._build_counters()
-        self._build_gauges()
-
-    def _build_histograms(self) -> None:
-        request = Histogram(
-            "sallyport_request_duration_seconds",
-            "The whole exchange, by verdict.",
-            ["verdict"],
-            buckets=_REQUEST,
-            registry=self._registry,
-        )
-        self._request_seconds = {verdict: request.labels(verdict) for verdict in ("allow", "block")}
-        self._decision_seconds = Histogram(
-            "sallyport_decision_duration_seconds", "Deciding.", buckets=_DECISION, registry=self._registry
-        )
-        self._upstream_seconds = Histogram(
-            "sallyport_upstream_duration_seconds",
-            "From asking the upstream to its first byte.",
-            buckets=_UPSTREAM,
-            registry=self._registry,
-        )
-
-    def _build_counters(self) -> None:
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"sallyport_{name}", text, labels, registry=self._registry)
-
-        self._series_dropped = counter(
-            "agent_series_dropped_total", f"Idle agents given up, and records counted under {OTHER}."
-        )
-        reloads = counter("rules_reloads_total", "Loads of the rules, by result.", "result")
-        self._reloads = {ok: reloads.labels("success" if ok else "failure") for ok in (True, False)}
-        self._vault = counter("vault_operations_total", "Operations of the vault.", "operation", "result")
-        self._audit_dropped = counter("audit_dropped_total", "Exchanges missing in the audit log.")
-        self._minted = counter("certificates_minted_total", "Leaf certificates made.")
-
-    def _build_gauges(self) -> None:
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"sallyport_{name}", text, labels, registry=self._registry)
-
-        self._connections = gauge("connections", "Open client connections.", "listener")
-        agents = gauge("agents", "Registered agents.", "state")
-        self._agent_gauges = {state: agents.labels(state) for state in (*AgentState, "expired")}
-        self._rule_count = gauge("rules", "Rules in force.")
-        self._last_reload = gauge("rules_last_reload_success_timestamp_seconds", "When rules last loaded, Unix time.")
-        self._store_gauge = gauge("store_up", "1 while the store answers.")
+        self._processes: Callable[[], Mapping[str, int]] = lambda: {"": os.getpid()}
+        self._request_seconds = {verdict: Histogram(_REQUEST) for verdict in ("allow", "block")}
+        self._decision_seconds = Histogram(_DECISION)
+        self._upstream_seconds = Histogram(_UPSTREAM)
+        self._counters = {name: _counts(labels) for name, (labels, _) in _COUNTERS.items()}
+        self._gauges = {name: _counts(labels) for name, (labels, _) in _GAUGES.items()}
+        self._rules = self._counters[_RULES]
+        self._dropped_lock = threading.Lock()
+        for result in ("success", "failure"):
+            self._counters["rules_reloads_total"][result,] = 0
         versions = __version__, metadata.version("mitmproxy"), platform.python_version()
-        gauge("build_info", "Always 1.", "version", "mitmproxy", "python").labels(*versions).set(1)
+        self._gauges["build_info"][versions] = 1
 
     def watch(self, agents: Callable[[], Mapping[str, int]], store_up: Callable[[], bool]) -> None:
         """Read these at each scrape: agents by state, and whether the store answers. Neither may block or raise."""
         self._agent_states, self._store_up = agents, store_up
 
+    def watch_processes(self, processes: Callable[[], Mapping[str, int]]) -> None:
+        """Tell of these processes, by the value of their label `worker`, instead of this one."""
+        self._processes = processes
+
     def record(self, exchange: Exchange) -> None:
         """Count one exchange, after it ended."""
         verdict = exchange.verdict
-        series = self._series(exchange.agent_id or NONE)
-        series.requests[verdict, exchange.reason] += 1
-        series.bytes[_REQUEST_BYTES] += exchange.request_bytes
-        series.bytes[_RESPONSE_BYTES] += exchange.response_bytes
+        its = self._series(exchange.agent_id or NONE)
+        its.requests[verdict, exchange.reason] += 1
+        its.bytes[_REQUEST_BYTES] += exchange.request_bytes
+        its.bytes[_RESPONSE_BYTES] += exchange.response_bytes
         for injected in exchange.injected:
-            series.injected[injected.credential,] += 1
+            its.injected[injected.credential,] += 1
         for labels, times in exchange.redacted.items():
-            series.redacted[labels] += times
-        rule = exchange.rule or NONE, verdict
-        self._rules[rule if rule in self._rules or len(self._rules) < RULE_SERIES else (OTHER, verdict)] += 1
+            its.redacted[labels] += times
+        self._rules[self._rule_labels(exchange.rule or NONE, verdict)] += 1
         self._request_seconds[verdict].observe(exchange.duration)
         self._decision_seconds.observe(exchange.decision_duration)
         if exchange.upstream_duration is not None:
@@ -159,35 +141,81 @@ class Metrics:
 
     def certificate_minted(self) -> None:
         """A leaf certificate was made."""
-        self._minted.inc()
+        self._counters["certificates_minted_total"][()] += 1
 
     def vault_operation(self, operation: str, result: str) -> None:
         """The vault did `operation` (put, open, ...) with `result` (ok, missing, ...): fixed words both."""
-        self._vault.labels(operation, result).inc()
+        self._counters["vault_operations_total"][operation, result] += 1
 
     def reloaded(self, ok: bool, rules: int, when: float) -> None:
         """Rules were loaded at `when` (Unix seconds); if not `ok`, the `rules` before stay in force and are not set."""
-        self._reloads[ok].inc()
+        self._counters["rules_reloads_total"]["success" if ok else "failure",] += 1
         if ok:
-            self._rule_count.set(rules)
-            self._last_reload.set(when)
+            self._gauges["rules"][()] = rules
+            self._gauges[_RELOADED][()] = when
 
     def connection(self, listener: str, change: int) -> None:
         """A client connection opened (+1) or closed (-1) on `listener`, spelt as in the settings."""
-        self._connections.labels(listener).inc(change)
+        self._gauges["connections"][listener,] += change
 
     def audit_dropped(self, lines: int) -> None:
         """So many exchanges are not in the audit log. May be called from any thread."""
-        self._audit_dropped.inc(lines)
+        with self._dropped_lock:
+            self._counters[_DROPPED][()] += lines
 
     def exposition(self) -> bytes:
         """Everything in the Prometheus text format (version 0.0.4), to be sent as `CONTENT_TYPE`."""
         self._give_up_idle()
         states = self._agent_states()
-        for state, child in self._agent_gauges.items():
-            child.set(states.get(state, 0))
-        self._store_gauge.set(self._store_up())
-        return generate_latest(self._registry) + "".join(self._text()).encode()
+        for state in (*AgentState, "expired"):
+            self._gauges["agents"][state,] = states.get(state, 0)
+        self._gauges["store_up"][()] = int(self._store_up())
+        return "".join(self._text()).encode()
+
+    def take(self) -> Taken:
+        """What was counted since the last time, and the gauges as they are: for `add` and `show` of another process,
+        as JSON can carry it."""
+        owners = {**self._rest, **self._agents}
+        agents = {agent: {name: series.take(getattr(its, name)) for name in _FAMILIES} for agent, its in owners.items()}
+        with self._dropped_lock:
+            counters = {name: series.take(counts) for name, counts in self._counters.items()}
+        return {
+            "agents": {agent: families for agent, families in agents.items() if any(families.values())},
+            "counters": counters,
+            "histograms": [histogram.take() for histogram in self._histograms()],
+            "gauges": {
+                name: [(list(labels), value) for labels, value in self._gauges[name].items()] for name in _SHOWN
+            },
+        }
+
+    def add(self, taken: Taken) -> None:
+        """Count what another process took."""
+        for agent, families in taken["agents"].items():
+            its = self._series(agent)
+            for name, counts in families.items():
+                series.add(getattr(its, name), counts)
+        with self._dropped_lock:
+            for name, counts in taken["counters"].items():
+                if name == _RULES:
+                    counts = [(self._rule_labels(*labels), count) for labels, count in counts]
+                series.add(self._counters[name], counts)
+        for histogram, observed in zip(self._histograms(), taken["histograms"], strict=True):
+            histogram.add(observed)
+
+    def show(self, taken: Sequence[Taken]) -> None:
+        """Show the gauges of other processes: connections in sum, the rest of the first, since all follow the same."""
+        for name in _SHOWN:
+            shown = taken if name == "connections" else taken[:1]
+            self._gauges[name].clear()
+            for gauges in shown:
+                series.add(self._gauges[name], gauges["gauges"][name])
+
+    def _histograms(self) -> tuple[Histogram, ...]:
+        return *self._request_seconds.values(), self._decision_seconds, self._upstream_seconds
+
+    def _rule_labels(self, rule: str, verdict: str) -> tuple[str, str]:
+        labels = rule, verdict
+        return labels if labels in self._rules or len(self._rules) < RULE_SERIES else (OTHER, verdict)
 
     def _series(self, agent: str) -> _Series:
         """The counters for `agent`: its own, or `_other` where `AGENTS` busier ones have theirs.
@@ -195,51 +223,61 @@ class Metrics:
         An agent that was given up begins at zero when it returns, which Prometheus takes as a counter reset. What it
         had counted is not added to `_other`: it was scraped already, and rate() would see it twice.
         """
-        series = self._agents.get(agent)
-        if series is None:
+        its = self._agents.get(agent)
+        if its is None:
             if agent in self._rest:
                 return self._rest[agent]
             if len(self._agents) >= AGENTS:
                 self._give_up_idle()
             if len(self._agents) >= AGENTS:
-                self._series_dropped.inc()
+                self._counters[_SERIES_DROPPED][()] += 1
                 return self._rest[OTHER]
-            series = self._agents[agent] = _Series()
+            its = self._agents[agent] = _Series()
         self._agents.move_to_end(agent)
-        series.used = self._clock()
-        return series
+        its.used = self._clock()
+        return its
 
     def _give_up_idle(self) -> None:
         horizon = self._clock() - IDLE
         while self._agents and next(iter(self._agents.values())).used <= horizon:
             self._agents.popitem(last=False)
-            self._series_dropped.inc()
+            self._counters[_SERIES_DROPPED][()] += 1
 
     def _text(self) -> Iterator[str]:
         owners = {**self._rest, **self._agents}
-        for attribute, name, labels, text in _AGENT_FAMILIES:
-            yield _head(name, text)
-            for agent, series in owners.items():
-                prefix = f'sallyport_{name}{{agent="{_escaped(agent)}",'
-                yield from _lines(prefix, labels, getattr(series, attribute))
-        yield _head("rule_requests_total", "Requests by the rule that decided, and its verdict.")
-        yield from _lines("sallyport_rule_requests_total{", ("rule", "verdict"), self._rules)
+        for attribute, (name, labels, text) in _FAMILIES.items():
+            yield series.head(f"sallyport_{name}", "counter", text)
+            for agent, its in owners.items():
+                before = f'agent="{series.escaped(agent)}",'
+                yield from series.lines(f"sallyport_{name}", labels, getattr(its, attribute), before)
+        for kind, families, counted in (("counter", _COUNTERS, self._counters), ("gauge", _GAUGES, self._gauges)):
+            for name, (labels, text) in families.items():
+                yield series.head(f"sallyport_{name}", kind, text)
+                yield from series.lines(f"sallyport_{name}", labels, counted[name])
+        yield from self._histogram_text()
+        yield from _process_text(self._processes())
+
+    def _histogram_text(self) -> Iterator[str]:
+        name = "sallyport_request_duration_seconds"
+        yield series.head(name, "histogram", "The whole exchange, by verdict.")
+        for verdict, histogram in self._request_seconds.items():
+            yield from histogram.text(name, f'verdict="{verdict}"')
+        name = "sallyport_decision_duration_seconds"
+        yield series.head(name, "histogram", "Deciding.")
+        yield from self._decision_seconds.text(name)
+        name = "sallyport_upstream_duration_seconds"
+        yield series.head(name, "histogram", "From asking the upstream to its first byte.")
+        yield from self._upstream_seconds.text(name)
 
 
-def _head(name: str, text: str) -> str:
-    return f"# HELP sallyport_{name} {text}\n# TYPE sallyport_{name} counter\n"
-
-
-def _lines(prefix: str, names: tuple[str, ...], counts: _Counts) -> list[str]:
-    return [f"{prefix}{_labels(names, values)}}} {count}\n" for values, count in counts.items()]
-
-
-@lru_cache(maxsize=4096)  # hundreds of agents share a few sets of labels
-def _labels(names: tuple[str, ...], values: tuple[str, ...]) -> str:
-    return ",".join(f'{name}="{_escaped(value)}"' for name, value in zip(names, values, strict=True))
-
-
-def _escaped(value: str) -> str:
-    """A label value as the text format wants it; a lone surrogate, which UTF-8 cannot carry, becomes `?`."""
-    value = value.encode("utf-8", "replace").decode()
-    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+def _process_text(processes: Mapping[str, int]) -> Iterator[str]:
+    """Memory, CPU and descriptors of each process, with its label `worker` where it has one."""
+    families: dict[tuple[str, str, str], list[str]] = {}
+    for worker, process in processes.items():
+        labels = f'{{worker="{series.escaped(worker)}"}}' if worker else ""
+        for metric in ProcessCollector(pid=partial(int, process), registry=None).collect():
+            of_all = families.setdefault((metric.name, metric.type, metric.documentation), [])
+            of_all += [f"{sample.name}{labels} {sample.value}\n" for sample in metric.samples]
+    for (name, kind, text), found in families.items():
+        yield series.head(f"{name}_total" if kind == "counter" else name, kind, text)
+        yield from found

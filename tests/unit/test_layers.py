@@ -15,7 +15,7 @@ from tests.storage import ROOT
 
 LAYERS = {
     0: "reason secret problem",
-    1: "address agent agenttoken clienthello coding exchange forms framing http1 pattern request url",
+    1: "address agent agenttoken clienthello coding exchange forms framing http1 pattern request series url",
     2: "policy grant redact",
     3: "credential explain outbound plan rulefield rulefile rulemodel rulerisk ruletest sealing validation yamltree",
     4: (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import threading
@@ -13,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from proxy import __version__, metrics
 from proxy.agent import Agent
 from proxy.exchange import Exchange, Injected
-from proxy.metrics import Metrics
+from proxy.metrics import Metrics, Taken
 from proxy.reason import Reason
 
 CONTRACT = {  # sample name -> its labels
@@ -319,3 +321,82 @@ def test_build_info_names_the_versions() -> None:
     assert labels["version"] == __version__
     assert labels["mitmproxy"].startswith("12.")
     assert labels["python"].startswith("3.")
+
+
+def carried(taken: object) -> Taken:
+    """As it arrives in another process."""
+    back: Taken = json.loads(json.dumps(taken))
+    return back
+
+
+def test_what_workers_counted_adds_up_to_what_one_would_have_counted() -> None:
+    """Every series of every counter and histogram, each exchange once, however often it is taken."""
+    one, workers, whole = everything(), [everything(), everything()], Metrics()
+    one.record(exchange("coder-2", allowed=False, reason=Reason.NO_RULE, rule=""))
+    for worker in workers:
+        worker.reloaded(False, 0, 0.0)
+        worker.audit_dropped(3)
+        whole.add(carried(worker.take()))
+    whole.add(carried(one.take()))
+    one_alone, summed = samples(everything()), samples(whole)
+    three = {"sallyport_requests_total", "sallyport_credentials_injected_total", "sallyport_vault_operations_total"}
+    for key, number in one_alone.items():
+        if key[0] in three and number:
+            assert summed[key] == 3 * number
+    assert value(whole, "requests_total", agent="coder-2", verdict="block", reason="no_rule") == 1
+    assert value(whole, "audit_dropped_total") == 6
+    assert value(whole, "rules_reloads_total", result="failure") == 2
+    assert value(whole, "request_duration_seconds_count", verdict="allow") == 3
+    assert value(whole, "request_duration_seconds_count", verdict="block") == 1
+    before = whole.exposition()
+    whole.add(carried(workers[0].take()))
+    assert [line for line in before.splitlines() if line.startswith(b"sallyport_")] == [
+        line for line in whole.exposition().splitlines() if line.startswith(b"sallyport_")
+    ]
+
+
+def test_counting_goes_on_after_it_was_taken() -> None:
+    """An agent's series are kept by who counts; nothing of theirs may be forgotten then."""
+    worker, whole = Metrics(), Metrics()
+    for _ in range(3):
+        worker.record(exchange())
+        whole.add(carried(worker.take()))
+    assert value(whole, "requests_total", agent="coder-1", verdict="allow", reason="allowed") == 3
+    assert value(whole, "request_duration_seconds_count", verdict="allow") == 3
+    assert value(whole, "rule_requests_total", rule="github-read", verdict="allow") == 3
+
+
+def test_the_agents_of_all_workers_are_bounded_together() -> None:
+    """Five hundred, not five hundred for each."""
+    whole = Metrics(Clock())
+    for worker in range(3):
+        made = Metrics(Clock())
+        for number in range(metrics.AGENTS):
+            made.record(exchange(f"agent-{worker}-{number}"))
+        whole.add(carried(made.take()))
+    owners = {dict(labels)["agent"] for _, labels in samples(whole) if "agent" in dict(labels)}
+    assert len(owners) == metrics.AGENTS + 1
+    assert value(whole, "requests_total", agent="_other", verdict="allow", reason="allowed") == 2 * metrics.AGENTS
+
+
+def test_gauges_of_workers_are_shown_as_they_are_now() -> None:
+    """Connections in sum; the rules in force are the same for all."""
+    workers, whole = [Metrics(), Metrics()], Metrics()
+    for worker in workers:
+        worker.connection("127.0.0.1:8080", 2)
+        worker.reloaded(True, 7, 1.7e9)
+    whole.show([carried(worker.take()) for worker in workers])
+    assert value(whole, "connections", listener="127.0.0.1:8080") == 4
+    assert value(whole, "rules") == 7
+    whole.show([carried(workers[0].take())])
+    assert value(whole, "connections", listener="127.0.0.1:8080") == 2
+    assert value(whole, "rules_last_reload_success_timestamp_seconds") == 1.7e9
+
+
+def test_processes_are_told_apart_by_worker() -> None:
+    """One process has no label; each of several has its own, in one family."""
+    made = Metrics()
+    assert ("process_resident_memory_bytes", frozenset()) in samples(made)
+    made.watch_processes(lambda: {"1": os.getpid(), "2": os.getppid()})
+    found = {labels for name, labels in samples(made) if name == "process_resident_memory_bytes"}
+    assert found == {frozenset({("worker", "1")}), frozenset({("worker", "2")})}
