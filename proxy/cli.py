@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from proxy import __version__
-from proxy.agent import NEVER, Agent
+from proxy import __version__, killswitch
+from proxy.agent import NEVER, Agent, AgentState
 from proxy.ca import load_authority
 from proxy.credential import clean_secret
 from proxy.grant import Grant
@@ -27,7 +27,7 @@ from proxy.running import Running
 from proxy.sandboxenv import FORMATS, ca_bundle, variables, write_bundle
 from proxy.settings import Settings, load_settings, settings_schema
 from proxy.settingvalue import parse_duration
-from proxy.store import Store
+from proxy.store import Store, StoreUnavailable
 from proxy.vault import Entry, Vault
 
 type Arguments = argparse.Namespace
@@ -214,18 +214,35 @@ def _agent_remove(arguments: Arguments) -> int:
 
 
 def _agent_kill(arguments: Arguments) -> int:
-    agent_id = _one_or_all(arguments)
-    _with_store(settings_of(arguments), lambda store: Registry(store).kill(agent_id, arguments.reason or ""))
-    print(
-        f"killed {agent_id or 'every agent'}; undo with: sallyport agent revive {agent_id or '--all'}", file=sys.stderr
-    )
+    settings, agent_id, reason = settings_of(arguments), _one_or_all(arguments), arguments.reason or ""
+    who, undo = agent_id or "every agent", f"undo with: sallyport agent revive {agent_id or '--all'}"
+    try:
+        _with_store(settings, lambda store: Registry(store).kill(agent_id, reason))
+    except StoreUnavailable as error:
+        killswitch.stop(settings.state, agent_id, reason)
+        print(f"killed {who} on this host, by {settings.state / killswitch.FILE}; {undo}", file=sys.stderr)
+        if not settings.store.embedded:
+            raise UserError(f"other hosts were not told: {error}") from None
+    else:
+        print(f"killed {who}; {undo}", file=sys.stderr)
     return OK
 
 
 def _agent_revive(arguments: Arguments) -> int:
-    agent_id = _one_or_all(arguments)
-    _with_store(settings_of(arguments), lambda store: Registry(store).revive(agent_id))
-    print(f"revived {agent_id or 'every agent'}", file=sys.stderr)
+    settings, agent_id = settings_of(arguments), _one_or_all(arguments)
+    who = agent_id or "every agent"
+
+    async def revive(store: Store) -> bool:
+        registry = Registry(store)
+        await registry.revive(agent_id)
+        return agent_id is not None and (await registry.show(agent_id)).state is AgentState.KILLED
+
+    if killswitch.resume(settings.state, agent_id):
+        print(f"{who} is no longer stopped by {settings.state / killswitch.FILE}", file=sys.stderr)
+    still = _with_store(settings, revive) or killswitch.read_stops(settings.state).everybody is not None
+    print(f"revived {who}; connections that were cut stay so", file=sys.stderr)
+    if agent_id and still:
+        print("every agent is stopped still: sallyport agent revive --all", file=sys.stderr)
     return OK
 
 
@@ -561,7 +578,7 @@ def _agent_parser(agent: Any, verb: Callable[..., argparse.ArgumentParser]) -> N
     env.add_argument("--format", choices=tuple(FORMATS), default="sh")
     env.add_argument("--proxy", metavar="HOST:PORT", help="where the sandbox reaches the proxy (default: the listener)")
     env.add_argument("--ca", metavar="PATH", help="where the CA bundle lies in the sandbox (default: its path here)")
-    kill = verb(agent, "kill", _agent_kill, "refuse all requests of an agent, or of all")
+    kill = verb(agent, "kill", _agent_kill, "refuse and cut an agent, or all, within a second")
     kill.add_argument("--reason", metavar="TEXT")
     revive = verb(agent, "revive", _agent_revive, "undo kill")
     for switch in (kill, revive):

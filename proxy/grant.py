@@ -95,6 +95,10 @@ class Grant:
         """Whether the credential may be known to the host `view` goes to."""
         return any(pattern.matches(view.host) and port in (0, view.port) for pattern, port in self._hosts)
 
+    def covers_agent(self, agent_id: str) -> bool:
+        """Whether an agent may use the credential somewhere."""
+        return any_glob(self._agents, agent_id)
+
     def refusal(self, agent: Agent, view: RequestView, now: float) -> str | None:
         """Why the credential may not be used by `agent` for `view` at `now` (Unix seconds); None: it may."""
         if now >= self.expires:
@@ -105,7 +109,7 @@ class Grant:
             return "method"
         if not all(any_glob(self._paths, reading) for reading in view.readings):
             return "path"
-        return None if any_glob(self._agents, agent.id) else "agent"
+        return None if self.covers_agent(agent.id) else "agent"
 
 
 def _host(text: str) -> tuple[HostPattern, int]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from proxy.agent import NEVER, Agent, AgentState, parse_agent_id
 from proxy.agenttoken import make_token, token_digest
+from proxy.killswitch import Stops
 from proxy.problem import UserError
 from proxy.sealing import MasterKey
 from proxy.store import Store
@@ -119,6 +120,9 @@ class Registry:
         self._clock = clock
         self._random = random
         self._table = _Table()
+        self._stops = Stops()
+        self.on_change: Callable[[frozenset[str]], None] = lambda revoked: None
+        self.on_kill: Callable[[], None] = lambda: None
 
     # For the proxy
 
@@ -126,29 +130,51 @@ class Registry:
         """Whose token this is. The caller looks at state and expiry."""
         digest = token_digest(token)
         agent_id = self._table.ids.get(digest) if digest else None
-        return self._table.agent(agent_id) if agent_id else None
+        return self.by_id(agent_id) if agent_id else None
 
     def by_id(self, agent_id: str) -> Agent | None:
         """The agent of that id, whatever its state."""
-        return self._table.agent(agent_id)
+        agent = self._table.agent(agent_id)
+        if agent is None or not self._stops or agent.state is AgentState.KILLED:
+            return agent
+        why = self._stops.reason(agent_id)
+        return agent if why is None else replace(agent, state=AgentState.KILLED, kill_reason=why)
+
+    def living(self) -> list[str]:
+        """Every agent that is not killed."""
+        return [name for name in self._table.entries if (a := self.by_id(name)) and a.state is AgentState.ACTIVE]
+
+    def stop_here(self, stops: Stops) -> None:
+        """Stops agents of this process, whatever the store says of them."""
+        self._stops = stops
+        self.on_kill()
+        self.on_change(frozenset())
 
     def counts(self) -> dict[str, int]:
         """How many agents are active, killed and expired; a killed one counts once."""
         now = self._clock()
-        agents = [agent for agent_id in self._table.entries if (agent := self._table.agent(agent_id))]
+        agents = [agent for agent_id in self._table.entries if (agent := self.by_id(agent_id))]
         found = Counter(
             "expired" if agent.state == "active" and agent.expired(now) else agent.state for agent in agents
         )
         return {state: found[state] for state in ("active", "killed", "expired")}
 
     async def apply_changes(self, names: set[str] | None) -> None:
-        """Loads the agents of `names` again, or all. Raises StoreUnavailable; what is known stays then."""
+        """Loads the agents of `names` again, or all, and tells `on_kill` and `on_change`, with those whose token ended.
+
+        Raises StoreUnavailable; what is known stays then.
+        """
         records = await self._store.get_all(TABLE, names)
+        before = dict(self._table.ids)
         if names is None:
             self._table = _table(records)
         for name in names or ():
             self._table.put(name, records.get(name))
         self.loaded = self.loaded or names is None
+        touched = self._table.entries if names is None or _ALL in names else names
+        if any((agent := self.by_id(name)) and agent.state is AgentState.KILLED for name in touched):
+            self.on_kill()
+        self.on_change(frozenset(name for digest, name in before.items() if digest not in self._table.ids))
 
     # For the operator
 

@@ -19,6 +19,7 @@ from proxy.exchange import Exchange
 from proxy.follow import Follower
 from proxy.gateway import Gateway
 from proxy.identity import Identity
+from proxy.killswitch import KillSwitch
 from proxy.masterkey import load_master_key
 from proxy.metrics import Metrics
 from proxy.problem import UserError
@@ -57,6 +58,8 @@ class Runtime:
         self.client_tls = ClientTls(self.authority)
         self.upstream_tls = UpstreamTls(settings.upstream.trust)
         self.registry = Registry(store)
+        self.registry.on_kill = self._drop_leases
+        self.kill_switch = KillSwitch(settings.state, self.registry.stop_here)
         self.follower = Follower(store)
         self.follower.subscribe(AGENTS, self.registry.apply_changes)
         self.rules = Rules(settings.rules, self.metrics.reloaded)
@@ -87,6 +90,8 @@ class Runtime:
         return runtime
 
     async def _load(self) -> None:
+        self.kill_switch.look()
+        self._spawn(self.kill_switch.run())
         try:
             await self._open_vault()
         except StoreUnavailable as error:
@@ -128,6 +133,10 @@ class Runtime:
         """Put one ended exchange on record."""
         self.metrics.record(exchange)
         self.audit.record(exchange)
+
+    def _drop_leases(self) -> None:
+        if self.vault:
+            self.vault.keep_for(self.registry.living())
 
     def leased(self) -> Iterable[Lease]:
         """The credentials that are open now."""

@@ -25,6 +25,7 @@ from mitmproxy.proxy.layers.http import HTTPMode
 from mitmproxy.proxy.layers.modes import HttpProxy
 
 from proxy.addon import Addon
+from proxy.cut import cut_ended
 from proxy.flow import Tunnel, state_of
 from proxy.guard import where
 from proxy.lane import Lane
@@ -131,8 +132,7 @@ class Handler(mitm_server.LiveConnectionHandler):
     async def open_connection(self, command: commands.OpenConnection) -> None:
         """Dial, but not for ever."""
         task = _current_task()
-        seconds = min(CONNECT_TIMEOUT, self.addon.runtime.settings.limits.idle)
-        timer = asyncio.get_running_loop().call_later(seconds, self._give_up, command, task)
+        timer = asyncio.get_running_loop().call_later(CONNECT_TIMEOUT, self._give_up, command, task)
         try:
             await super().open_connection(command)
         finally:
@@ -235,6 +235,7 @@ class Server:
         self._adopted: set[asyncio.Future[None]] = set()
         fast = runtime.settings.lane == "fast" and hasattr(select, "epoll")  # Linux; elsewhere mitmproxy's stack serves
         self.lane = Lane(runtime, self.addon, self) if fast else None
+        runtime.registry.on_change = lambda revoked: cut_ended(self.addon, revoked)
 
     async def start(self) -> None:
         """Bind every listener.
@@ -369,6 +370,7 @@ async def serve(settings: Settings, environment: Mapping[str, str], ready: Calla
         server = Server(runtime)
         ending.callback(server.close)
         await server.start()
+        loop.add_signal_handler(signal.SIGUSR1, runtime.kill_switch.pull)
         loop.add_signal_handler(signal.SIGHUP, lambda: asyncio.ensure_future(runtime.rules.reload()))
         running = Running(tuple(server.addresses), f"{settings.admin.host}:{admin.port}")
         running.write(settings.state)

@@ -9,7 +9,7 @@ import asyncio
 import os
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -153,6 +153,12 @@ class Vault:
         """Every credential that is open now."""
         now = self._monotonic()
         return [lease for lease in self._leases.values() if lease.until > now]
+
+    def keep_for(self, agents: Collection[str]) -> None:
+        """Forgets every credential that none of these agents may use."""
+        self._leases = {
+            name: lease for name, lease in self._leases.items() if any(map(lease.grant.covers_agent, agents))
+        }
 
     async def apply_changes(self, names: set[str] | None) -> None:
         """Forgets what changed (None: anything may have) and takes note of the new versions.

@@ -19,10 +19,10 @@ LAYERS = {
     2: "policy grant redact",
     3: "credential explain outbound plan rulefield rulefile rulemodel rulerisk ruletest sealing validation yamltree",
     4: (
-        "admin audit ca embedded files follow gateway guard guesses identity masterkey metrics poller records registry "
-        "rollback running sandboxenv settings settingvalue snapshot store upstream vault"
+        "admin audit ca embedded files follow gateway guard identity killswitch masterkey metrics poller records "
+        "registry rollback running sandboxenv settings settingvalue snapshot store upstream vault"
     ),
-    5: "addon flow lane layers peer pool runtime server strict1 tls",
+    5: "addon cut flow lane layers peer pool runtime server strict1 tls",
     6: "__main__ check cli demo script",
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules.split()} | {"__init__": 0}

@@ -12,6 +12,7 @@ import pytest
 from proxy.agent import NEVER, AgentState
 from proxy.agenttoken import token_digest
 from proxy.follow import Follower
+from proxy.killswitch import Stops
 from proxy.problem import UserError
 from proxy.registry import Registry
 from proxy.sealing import MasterKey
@@ -340,3 +341,47 @@ def test_a_token_is_told_again_from_the_master_key_alone(tmp_path: Path) -> None
                 await Registry(store, MasterKey(b"x" * 32)).reissue("coder-1")
 
     asyncio.run(run())
+
+
+def test_a_stop_of_this_host_kills_whatever_the_store_says(tmp_path: Path) -> None:
+    """And is told at once."""
+
+    async def story(store: Store, registry: Registry) -> None:
+        told: list[frozenset[str]] = []
+        token = await registry.add("coder-1")
+        await registry.add("coder-2")
+        await registry.apply_changes(None)
+        registry.on_change = told.append
+        registry.stop_here(Stops(None, {"coder-1": "here"}))
+        agent = registry.by_token(token)
+        assert agent is not None
+        assert (agent.state, agent.kill_reason) == (AgentState.KILLED, "here")
+        assert registry.living() == ["coder-2"]
+        registry.stop_here(Stops("all"))
+        assert registry.counts()["killed"] == 2
+        registry.stop_here(Stops())
+        assert registry.counts()["killed"] == 0
+        assert told == [frozenset()] * 3
+
+    in_registry(tmp_path, story)
+
+
+def test_whose_token_ended_is_told(tmp_path: Path) -> None:
+    async def story(store: Store, registry: Registry) -> None:
+        told: list[frozenset[str]] = []
+        kills: list[None] = []
+        for name in ("coder-1", "coder-2", "coder-3"):
+            await registry.add(name)
+        await registry.apply_changes(None)
+        registry.on_change, registry.on_kill = told.append, lambda: kills.append(None)
+        await registry.token("coder-1")
+        await registry.apply_changes({"coder-1"})
+        await registry.remove("coder-2")
+        await registry.apply_changes({"coder-2"})
+        assert kills == []
+        await registry.kill("coder-3")
+        await registry.apply_changes({"coder-3"})
+        assert told == [frozenset({"coder-1"}), frozenset({"coder-2"}), frozenset()]
+        assert kills == [None]
+
+    in_registry(tmp_path, story)
