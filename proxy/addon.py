@@ -447,6 +447,8 @@ class Addon:
             peer = self.peers.get(flow.client_conn.id) or Peer(flow.client_conn, Listener("", "", 0))
             exchange = self._begin(flow, peer)
         exchange.allowed, exchange.reason = False, refused.reason
+        if refused.limit and refused.rule:
+            self.runtime.metrics.limit_exceeded(exchange.agent_id, refused.rule.name, refused.limit)
         exchange.status = refused.reason.status
         exchange.injected, state.decided, state.answered = [], False, True
         flow.request.stream = False
@@ -521,7 +523,7 @@ class Addon:
         if peer.client.id not in connections:
             if len(connections) >= self.runtime.settings.limits.connections_per_agent:
                 self.runtime.metrics.limit_exceeded(agent.id, "", "connections")
-                raise Refused(Reason.LIMIT_EXCEEDED)
+                raise Refused(Reason.LIMIT_EXCEEDED, ": it has too many connections")
             connections.add(peer.client.id)
             peer.agents.add(agent.id)
 

@@ -22,11 +22,11 @@ from proxy.grant import Grant
 from proxy.masterkey import load_master_key
 from proxy.outbound import placeholder_of
 from proxy.problem import Problems, UserError
+from proxy.quantity import parse_duration
 from proxy.registry import Registry
 from proxy.running import Running
 from proxy.sandboxenv import FORMATS, ca_bundle, variables, write_bundle
 from proxy.settings import Settings, load_settings, settings_schema
-from proxy.settingvalue import parse_duration
 from proxy.store import Store, StoreUnavailable
 from proxy.vault import Entry, Vault
 

@@ -12,6 +12,7 @@ from proxy.reason import Reason
 from proxy.request import Ambiguous, RequestView
 
 MAX_REWRITES = 4
+_LIMITS = {"max_url": ": the URL is too long", "max_labels": ": its host name has too many labels"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,9 @@ def make_plan(policy: Policy, agent: Agent, view: RequestView) -> Plan:
         if not decision.allowed or rule is None:
             return Plan(decision, tuple(views), tuple(rules))
         first = first or decision
+        if limit := rule.url_limit(view):
+            decision = Decision(reason=Reason.LIMIT_EXCEEDED, rule=rule, detail=_LIMITS[limit], limit=limit)
+            return Plan(decision, tuple(views), tuple(rules))
         if any(rule is met for met in rules):
             return Plan(first, tuple(views), tuple(rules))
         rules.append(rule)

@@ -17,6 +17,20 @@ from proxy.request import DEFAULT_PORTS, RequestView
 
 NEVER_FORWARDED = frozenset({"TRACE", "CONNECT"})  # TRACE would echo an injected credential (RFC 9110 section 9.3.8)
 
+# Resolvers over HTTPS (RFC 8484): through one, every name can be asked that rules about hosts would never let out.
+_RESOLVERS = (
+    "1.0.0.1 1.0.0.2 1.0.0.3 1.1.1.1 1.1.1.2 1.1.1.3 149.112.112.112 208.67.220.220 208.67.222.222 8.8.4.4 8.8.8.8 "
+    "9.9.9.10 9.9.9.11 9.9.9.9 94.140.14.14 94.140.15.15 2001:4860:4860::8844 2001:4860:4860::8888 "
+    "2606:4700:4700::1001 2606:4700:4700::1111 2620:fe::9 2620:fe::fe chrome.cloudflare-dns.com cloudflare-dns.com "
+    "dns.adguard-dns.com dns.adguard.com dns.alidns.com dns.cloudflare.com dns.google dns.google.com dns.mullvad.net "
+    "dns.nextdns.io dns.quad9.net dns.sb dns10.quad9.net dns11.quad9.net dns9.quad9.net dns64.dns.google "
+    "dns64.cloudflare-dns.com doh.cleanbrowsing.org doh.dns.sb doh.familyshield.opendns.com doh.mullvad.net "
+    "doh.opendns.com doh.pub doh.umbrella.com family.cloudflare-dns.com freedns.controld.com "
+    "mozilla.cloudflare-dns.com odoh.cloudflare-dns.com one.one.one.one ordns.he.net p0.freedns.controld.com "
+    "security.cloudflare-dns.com unfiltered.adguard-dns.com wikimedia-dns.org"
+)
+DNS_OVER_HTTPS = frozenset(_RESOLVERS.split())
+
 
 class Verdict(StrEnum):
     """What is decided; the zero value refuses."""
@@ -116,6 +130,17 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What a rule lets through at most; 0 is no limit. `rate`: requests in so many seconds; sizes in bytes."""
+
+    rate: tuple[int, float] | None = None
+    concurrency: int = 0
+    request_body: int | None = None
+    max_url: int = 0
+    max_labels: int = 0  # DNS labels that a wildcard stands for
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """One rule as it was loaded; `at` is `file:line`. What it asks for beyond the verdict are its obligations."""
 
@@ -129,6 +154,7 @@ class Rule:
     response_headers: Edit = Edit()
     respond: Answer | None = None
     private: bool = False
+    limits: Limits | None = None
 
     def mismatch(self, agent: Agent, view: RequestView) -> str:
         """The first condition that is not met, or an empty text.
@@ -164,20 +190,46 @@ class Rule:
             return "websocket" if match.websocket and view.upgrade != "websocket" else ""
         return "websocket" if view.upgrade and not (match.websocket and view.upgrade == "websocket") else ""
 
+    def url_limit(self, view: RequestView) -> str:
+        """Which limit a URL goes over, or an empty text: names and queries can carry data out."""
+        if limits := self.limits:
+            url = f"{view.scheme}://{view.authority}{view.path_and_query}" if limits.max_url else ""
+            if len(url) > limits.max_url:
+                return "max_url"
+            if limits.max_labels and self._labels(view.host) > limits.max_labels:
+                return "max_labels"
+        return ""
+
+    def _labels(self, host: Host) -> int:
+        """How many labels of `host` a wildcard of this rule stands for."""
+        if host.ip:
+            return 0
+        patterns = self.match.hosts or (HostPattern("", 2),)
+        size = host.name.count(".") + 1
+        return min(size - _size(pattern) for pattern in patterns if pattern.matches(host))
+
     def values_match(self, globs: tuple[Glob, ...], readings: Iterable[list[str]]) -> bool:
         """Whether the values of a parameter or header, in each way to read the request, fit one of `globs`."""
         every = all if self.action is Verdict.ALLOW else any
         return every(bool(values) and every(any_glob(globs, value) for value in values) for values in readings)
 
 
+def _size(pattern: HostPattern) -> int:
+    return pattern.name.count(".") + 1 if pattern.name else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The verdict, why, and the rule that decided. As made, without arguments, it refuses."""
+    """The verdict, why, and the rule that decided. As made, without arguments, it refuses.
+
+    `limit` is which of the rule's limits was gone over.
+    """
 
     verdict: Verdict = Verdict.BLOCK
     reason: Reason = Reason.INTERNAL
     rule: Rule | None = None
     detail: str = ""
+    limit: str = ""
 
     @property
     def allowed(self) -> bool:
@@ -210,7 +262,7 @@ class Policy:
         self._naming = lru_cache(maxsize=1024)(self._find)
 
     def candidates(self, host: Host) -> tuple[Rule, ...]:
-        """The rules that name `host`, in order."""
+        """The rules that name `host`, in order. What resolves names over HTTPS no wildcard allows."""
         return self._naming(host.name)
 
     def _find(self, name: str) -> tuple[Rule, ...]:
@@ -221,7 +273,14 @@ class Policy:
         while parent:
             numbers.update(self._below.get(parent, ()))
             _, _, parent = parent.partition(".")
-        return tuple(self.rules[number] for number in sorted(numbers))
+        found = tuple(self.rules[number] for number in sorted(numbers))
+        if name in DNS_OVER_HTTPS:
+            return tuple(rule for rule in found if rule.action is Verdict.BLOCK or _names(rule, name))
+        return found
+
+
+def _names(rule: Rule, name: str) -> bool:
+    return any(not pattern.depth and pattern.name == name for pattern in rule.match.hosts)
 
 
 def decide(policy: Policy, agent: Agent, view: RequestView) -> Decision:

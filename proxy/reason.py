@@ -73,7 +73,11 @@ _WORDS: dict[Reason, tuple[int, str, str]] = {
         "Send the request on a connection of its own host.",
     ),
     Reason.AMBIGUOUS_REQUEST: (400, "The request can be read in more than one way: {detail}.", "Send it well-formed."),
-    Reason.LIMIT_EXCEEDED: (429, "{agent} has used up a limit for {target}.", "Wait as long as retry-after says."),
+    Reason.LIMIT_EXCEEDED: (
+        429,
+        "{agent} has used up a limit for {target}{detail}.",
+        "Ask for less, and wait as long as retry-after says.",
+    ),
     Reason.BODY_TOO_LARGE: (413, "The request body is too large for the rule that must see it.", _ASK),
     Reason.CREDENTIAL_UNAVAILABLE: (503, "The credential for {target} is not available now.", _OPERATOR),
     Reason.POLICY_UNAVAILABLE: (503, "The proxy has no rules to decide by.", _OPERATOR),

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from proxy.credential import KINDS
-from proxy.policy import AgentMatch, Answer, Edit, Injection, Match, Policy, Rewrite, Rule, Verdict
+from proxy.policy import AgentMatch, Answer, Edit, Injection, Limits, Match, Policy, Rewrite, Rule, Verdict
 from proxy.problem import Problem, Problems
 from proxy.rulefield import parse_header_name, parse_header_value, parse_token
 from proxy.rulemodel import (
@@ -113,6 +113,7 @@ class _Reader:
             _edit(fields.response.headers),
             Answer(**fields.respond.model_dump()) if "respond" in fields.model_fields_set else None,
             fields.private,
+            Limits(**fields.limits.model_dump()) if fields.limits.model_fields_set else None,
         )
         return rule if len(self.problems) == before else None
 
@@ -129,7 +130,7 @@ class _Reader:
     def _check_combination(self, fields: RuleFields, path: tuple[Step, ...]) -> None:
         written = fields.model_fields_set
         if fields.action == "block":
-            for name in ("rewrite", "inject", "response", "respond", "private"):
+            for name in ("rewrite", "inject", "response", "respond", "private", "limits"):
                 if name in written:
                     self.report((*path, name), f'a block rule has no "{name}"', "remove it", key=True)
         elif "respond" in written:

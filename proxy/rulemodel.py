@@ -17,6 +17,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from proxy.address import Host, HostPattern
 from proxy.pattern import Glob, text_glob
+from proxy.quantity import parse_rate, parse_size
 from proxy.rulefield import (
     INJECT_KINDS,
     LATER,
@@ -42,6 +43,16 @@ from proxy.rulefield import (
 def _unavailable(what: str) -> PlainValidator:
     def refuse(_: object) -> None:
         raise ValueError(f"{what} {LATER}", "remove it: a rule without it means something else")
+
+    return PlainValidator(refuse, json_schema_input_type=Literal[LATER])
+
+
+def _later(parse: Callable[[Any], Any], what: str) -> PlainValidator:
+    """A field whose form is settled; refused where the form is right, because nothing keeps to it yet."""
+
+    def refuse(value: object) -> None:
+        parse(value)
+        raise ValueError(f"{what} is {LATER}", "remove it: a rule without it means something else")
 
     return PlainValidator(refuse, json_schema_input_type=Literal[LATER])
 
@@ -207,6 +218,18 @@ class RespondFields(_Model):
     body: str = ""
 
 
+class LimitFields(_Model):
+    """What the rule lets through at most."""
+
+    rate: Annotated[tuple[int, float] | None, _later(parse_rate, "a rate")] = None
+    concurrency: Annotated[int, _later(int, "a limit of concurrency")] = 0
+    request_body: Annotated[int | None, _later(parse_size, "a limit of request bodies")] = None
+    max_url: Annotated[int, Field(ge=1)] = 0
+    """Bytes of the whole URL as it was asked for."""
+    max_labels: Annotated[int, Field(ge=1)] = 0
+    """How many labels of a host name a wildcard may stand for."""
+
+
 class RuleFields(_Model):
     """One rule. A matching block rule always wins; otherwise the first allow rule that matches decides."""
 
@@ -222,8 +245,7 @@ class RuleFields(_Model):
     respond: RespondFields = RespondFields()
     private: bool = False
     """The upstream's address must be a private one that the settings allow."""
-    limits: Annotated[None, _unavailable("limits are")] = None
-    """Not available in this version."""
+    limits: LimitFields = LimitFields()
 
 
 class FileHead(_Model):

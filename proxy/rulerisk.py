@@ -16,6 +16,8 @@ from proxy.validation import did_you_mean
 
 _ACCEPTED = re.compile(r"#\s*sallyport:\s*allow\s+([a-z][a-z, -]*)")
 
+_WRITE = frozenset({"DELETE", "PATCH", "POST", "PUT"})
+
 type _Place = tuple[int, int]  # line and column, from 1
 type _Risk = tuple[str, _Place | None, str, str]  # name, place if not the rule's own, message, hint
 
@@ -54,6 +56,7 @@ def _risks(rule: Rule) -> Iterator[_Risk]:
         yield "any-host", None, f"{quoted} is for every host", 'write "host"'
     elsewhere = rule.rewrite is not None and rule.rewrite.host is not None
     named = elsewhere or (match.hosts and not any(pattern.depth for pattern in match.hosts))
+    yield from _wide(rule, quoted, elsewhere)
     for injection in rule.inject:
         place, what = (injection.line, injection.column), f'credential "{injection.credential}"'
         if not named:
@@ -63,6 +66,20 @@ def _risks(rule: Rule) -> Iterator[_Risk]:
     if match.path_regex is not None and not _anchored(match.path_regex.pattern):
         message = f"{quoted} has a path_regex that is found anywhere in a path"
         yield "unanchored-regex", None, message, "begin it with ^ and end it with $"
+
+
+def _wide(rule: Rule, quoted: str, elsewhere: bool) -> Iterator[_Risk]:
+    """What carries data out by itself: a name below a wildcard, and whatever may be written anywhere."""
+    match = rule.match
+    if rule.respond or not match.hosts:
+        return
+    wide = next((pattern for pattern in match.hosts if pattern.depth), None)
+    if wide and not elsewhere and not (rule.limits and rule.limits.max_labels):
+        message = f"{quoted} is for whatever stands below {wide}: a host name can carry data out"
+        yield "wildcard-host", None, message, 'name each host, or write "limits: {max_labels: 1}"'
+    if not match.paths and match.path_regex is None and (not match.methods or match.methods & _WRITE):
+        what = ", ".join(sorted(match.methods & _WRITE)) or "any method"
+        yield "write-anywhere", None, f"{quoted} allows {what} on every path", 'write "method" or "path"'
 
 
 def _anchored(regex: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 from proxy.problem import Problem, Problems
+from proxy.quantity import parse_duration, parse_size
 from proxy.settingvalue import (
     Endpoint,
     Listener,
@@ -23,14 +24,12 @@ from proxy.settingvalue import (
     not_yet,
     parse_agent,
     parse_bind,
-    parse_duration,
     parse_endpoint,
     parse_file,
     parse_listener,
     parse_nameserver,
     parse_network,
     parse_path,
-    parse_size,
     parse_store,
     parse_workers,
 )

@@ -34,6 +34,7 @@ class Refused(Exception):
         self.reason = reason
         self.detail = detail
         self.rule = decision.rule if decision else None
+        self.limit = decision.limit if decision else ""
         super().__init__(reason)
 
 

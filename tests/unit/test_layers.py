@@ -17,7 +17,10 @@ LAYERS = {
     0: "reason secret problem",
     1: "address agent agenttoken clienthello coding exchange forms framing http1 pattern request series url",
     2: "policy grant redact",
-    3: "credential explain outbound plan rulefield rulefile rulemodel rulerisk ruletest sealing validation yamltree",
+    3: (
+        "credential explain outbound plan quantity rulefield rulefile rulemodel rulerisk ruletest sealing validation "
+        "yamltree"
+    ),
     4: (
         "admin audit ca embedded files follow gateway guard identity killswitch masterkey metrics poller records "
         "registry rollback running sandboxenv settings settingvalue snapshot store upstream vault"

@@ -12,7 +12,7 @@ import pytest
 from proxy.address import Host
 from proxy.problem import Problems
 from proxy.settings import Settings, load_settings, settings_schema
-from proxy.settingvalue import Endpoint, Listener, StoreUrl, parse_duration, parse_size
+from proxy.settingvalue import Endpoint, Listener, StoreUrl
 
 
 def _load(
@@ -440,38 +440,6 @@ def test_the_stores_password_is_not_shown(tmp_path: Path, url: str, shown: str) 
     assert (str(settings.store), settings.store.reveal()) == (shown, url)
     assert settings.store.embedded == (url == "embedded")
     assert "ter2" not in f"{settings} {settings!r} {settings.store} {settings.store!r}"
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("500ms", 0.5), ("60s", 60.0), ("5m", 300.0), ("8h", 28_800.0), ("2d", 172_800.0), ("0.1s", 0.1), ("1 h", 3600.0)],
-)
-def test_a_duration_is_seconds(text: str, seconds: float) -> None:
-    """A number and a unit, and nothing lost by rounding."""
-    assert parse_duration(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "60", "s", "-1s", "1S", "1e3s", "1s ", "\u0661s", "1w", "1h30m", 60, True, None])
-def test_what_is_no_duration_is_refused(text: object) -> None:
-    """A number without a unit could be anything."""
-    with pytest.raises(ValueError, match="expected a duration"):
-        parse_duration(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [(0, 0), ("7", 7), ("7B", 7), ("64KiB", 65_536), ("1MiB", 1_048_576), ("10MB", 10_000_000), ("2 GiB", 2 * 1024**3)],
-)
-def test_a_size_is_bytes(text: object, size: int) -> None:
-    """Binary and decimal units are told apart."""
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "-1", "1.5MiB", "1K", "1kb", "MiB", "1MiB ", -1, 1.5, True, None])
-def test_what_is_no_size_is_refused(text: object) -> None:
-    """A unit that could mean either is not guessed."""
-    with pytest.raises(ValueError, match="expected a size"):
-        parse_size(text)
 
 
 def test_settings_do_not_change(tmp_path: Path) -> None:
