@@ -17,7 +17,7 @@ from proxy.problem import Problems
 from proxy.snapshot import Rules, read_policy, rule_files
 from tests.storage import eventually
 
-RULES = "version: 1\nrules:\n  - {name: one, match: {host: api.test}, action: allow}\n"
+RULES = "version: 1\nrules:\n  - {name: one, match: {host: api.test, path: /**}, action: allow}\n"
 
 
 @contextmanager
