@@ -27,6 +27,7 @@ from proxy.exchange import Exchange
 from proxy.flow import FlowState, Tunnel, state_of
 from proxy.gateway import Gateway
 from proxy.guard import guarded, where
+from proxy.guesses import Guesses
 from proxy.identity import Identified, Identity
 from proxy.layers import ClientTls, HttpLayer, Refuse
 from proxy.outbound import body_placeholders, secrets_known, secrets_sent
@@ -35,6 +36,7 @@ from proxy.reason import Reason
 from proxy.redact import Replacer, secret_replacer
 from proxy.request import Ambiguous, RequestView
 from proxy.settingvalue import Listener
+from proxy.strict1 import LATE_HEAD
 from proxy.upstream import PINNED, Refused, SocketAddress, Upstream
 
 if TYPE_CHECKING:
@@ -92,6 +94,7 @@ class Addon:
         self.peers: dict[str, Peer] = {}
         self.listeners: dict[int, Listener] = {}
         self.by_agent: dict[str, set[str]] = defaultdict(set)
+        self._guesses = Guesses()
         self._replacers: dict[tuple[tuple[str, bytes], ...], Replacer] = {}
 
     # Connections
@@ -165,6 +168,11 @@ class Addon:
         http2 = data.context.client.alpn == b"h2"
         server.alpn_offers = [b"h2", b"http/1.1"] if http2 else [b"http/1.1"]
         data.ssl_conn = self.runtime.upstream_tls.connection(dial.host, http2=http2)
+
+    @guarded(_cut_tls)
+    def tls_failed_client(self, data: TlsData) -> None:
+        """Put on record that a client did not take our certificate, or spoke no TLS that we do."""
+        self.refuse_tunnel(data.context.client, Reason.CLIENT_TLS)
 
     @guarded(_cut_tls)
     def tls_failed_server(self, data: TlsData) -> None:
@@ -375,7 +383,8 @@ class Addon:
     def _upstream_failed(self, flow: http.HTTPFlow, state: FlowState, exchange: Exchange) -> None:
         peer = self.peers.get(flow.client_conn.id)
         dial = peer.dials.get((flow.request.host, flow.request.port)) if peer else None
-        reason = (dial.failure if dial else None) or Reason.UPSTREAM_UNREACHABLE
+        late = flow.error is not None and flow.error.msg == LATE_HEAD
+        reason = Reason.UPSTREAM_TIMEOUT if late else (dial.failure if dial else None) or Reason.UPSTREAM_UNREACHABLE
         exchange.reason = reason
         exchange.allowed = reason not in (Reason.PRIVATE_ADDRESS, Reason.INTERNAL)
         exchange.status = reason.status
@@ -471,11 +480,11 @@ class Addon:
         head = b"".join(b"%s: %s\r\n" % pair for pair in response.headers.fields)
         return b"HTTP/1.1 400 Bad Request\r\n" + head + b"\r\n" + (response.raw_content or b"")
 
-    def refuse_tunnel(self, client: connection.Client) -> None:
-        """Record that no TLS followed a CONNECT."""
+    def refuse_tunnel(self, client: connection.Client, reason: Reason = Reason.PROTOCOL_NOT_ALLOWED) -> None:
+        """Record that no TLS followed a CONNECT, or none that came about."""
         peer = self.peers[client.id]
         exchange = self._exchange(peer)
-        exchange.method, exchange.reason = "CONNECT", Reason.PROTOCOL_NOT_ALLOWED
+        exchange.method, exchange.reason = "CONNECT", reason
         exchange.status = exchange.reason.status
         if peer.tunnel:
             exchange.agent, exchange.identity = self.runtime.registry.by_id(peer.tunnel.agent_id), peer.tunnel.proofs
@@ -513,7 +522,12 @@ class Addon:
                 return Identified(reason=Reason.BAD_IDENTITY)
             return Identified(agent, peer.tunnel.proofs, Reason.ALLOWED)
         source = peer.client.peername[0] if peer.client.peername else ""
-        return self.identity.identify(flows.proxy_authorization(flow), source, peer.listener.agent, now)
+        proofs = flows.proxy_authorization(flow)
+        identified = self.identity.identify(proofs, source, peer.listener.agent, now)
+        if identified.agent is None and proofs and self._guesses.too_many(source, time.monotonic()):
+            self.runtime.metrics.limit_exceeded("", "", "identity")
+            raise Refused(Reason.LIMIT_EXCEEDED)
+        return identified
 
     def _admit(self, peer: Peer, identified: Identified) -> None:
         agent = identified.agent

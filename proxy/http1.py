@@ -14,6 +14,7 @@ MAX_RESPONSE_HEAD = 256 * 1024  # bytes
 MAX_INFORMATIONAL = 16  # 1xx responses before the final one
 CONSUMED_BODY = 64 * 1024  # bytes; a refused body up to this is read, so that the connection can be kept
 LINGER_BYTES = 4 * 1024 * 1024  # read and dropped after an early answer, so that the client gets it
+HEAD_SECONDS = 30.0  # a head may take from its first byte
 LINGER_SECONDS = 2.0
 MAX_CHUNK_LINE = 256  # bytes of a chunk's size with its extensions, which are dropped
 MAX_TRAILERS = 16384  # bytes, dropped too

@@ -29,6 +29,7 @@ from proxy.flow import STATE, FlowState, Tunnel, state_of
 from proxy.guard import where
 from proxy.http1 import (
     CONSUMED_BODY,
+    HEAD_SECONDS,
     LAST_CHUNK,
     LINGER_BYTES,
     LINGER_SECONDS,
@@ -45,7 +46,7 @@ from proxy.http1 import (
     response_bytes,
 )
 from proxy.poller import Channel, Poller, Strand
-from proxy.pool import Place, Pool, UpstreamConnection
+from proxy.pool import CONNECT_TIMEOUT, Place, Pool, UpstreamConnection
 from proxy.reason import Reason
 from proxy.runtime import Runtime
 from proxy.tls import CIPHERS
@@ -53,7 +54,6 @@ from proxy.upstream import Refused
 
 _log = logging.getLogger("sallyport")
 
-HEAD_TIMEOUT = 30.0  # seconds a head may take from its first byte
 TLS_TIMEOUT = 10.0  # seconds for a handshake
 ACCEPT_PAUSE = 0.1  # seconds without accepting when descriptors ran out
 DRAIN_STEP = 0.02  # seconds between two looks at what is left
@@ -124,7 +124,8 @@ class Lane:
         self.stack = stack
         self.limits = runtime.settings.limits
         self.poller = Poller()
-        self.pool = Pool(self.poller, runtime.upstream.addresses, runtime.settings.upstream.trust)
+        patience = min(CONNECT_TIMEOUT, self.limits.idle)
+        self.pool = Pool(self.poller, runtime.upstream.addresses, runtime.settings.upstream.trust, patience)
         self.contexts = Contexts(runtime)
         self.connections: dict[str, Connection] = {}
         self.strangers: set[Connection] = set()  # who has not said yet what it wants
@@ -254,7 +255,7 @@ class Connection:
         while True:
             patience = deadline - self.lane.poller.now() if data else self.idle
             data = await self.channel.peek(self.lane.limits.headers, patience, len(data))
-            deadline = deadline or self.lane.poller.now() + HEAD_TIMEOUT
+            deadline = deadline or self.lane.poller.now() + HEAD_SECONDS
             if not data:
                 self.channel.close()
                 return False
@@ -303,11 +304,22 @@ class Connection:
             early = self.channel.sock.recv(MAX_HELLO, socket.MSG_PEEK)
             self.channel.sock.recv(len(early) - len(early.lstrip(b"\r\n")))
         await self.channel.send(ESTABLISHED, self.idle)
-        seen = 0
+        if not await self.channel.peek(1, self.idle):
+            return False
+        try:
+            return await self._begin_tls(min(TLS_TIMEOUT, self.idle))
+        except OSError:
+            self.addon.refuse_tunnel(self.client, Reason.CLIENT_TLS)
+            raise
+
+    async def _begin_tls(self, seconds: float) -> bool:
+        """The handshake of a tunnel, `seconds` for all of it; whether it goes on here. Raises OSError."""
+        assert self.client
+        seen, deadline = 0, self.lane.poller.now() + seconds
         while True:
-            data = await self.channel.peek(MAX_HELLO, self.idle if not seen else TLS_TIMEOUT, seen)
+            data = await self.channel.peek(MAX_HELLO, deadline - self.lane.poller.now(), seen)
             if not data:
-                return False
+                raise ConnectionResetError
             if not is_tls(data):
                 self.addon.refuse_tunnel(self.client)
                 return False
@@ -321,7 +333,7 @@ class Connection:
         if hello.protocols and b"http/1.1" not in hello.protocols:
             return self._hand_over_tunnel()
         context = self.lane.contexts.get(self.addon.certificate_host(self.client, hello.server_name))
-        await self.channel.start_tls(context, TLS_TIMEOUT, server_side=True)
+        await self.channel.start_tls(context, deadline - self.lane.poller.now(), server_side=True)
         self.inside = True
         return True
 
@@ -345,7 +357,7 @@ class Connection:
                     return head
                 now = self.lane.poller.now()
                 started = started or (now if self.buffer else 0.0)
-                patience = max(0.0, started + HEAD_TIMEOUT - now) if started else self.idle
+                patience = max(0.0, started + HEAD_SECONDS - now) if started else self.idle
                 data = await (self._exactly_a_head(patience) if not self.inside else self.channel.recv(patience))
                 if not data:
                     return None
@@ -360,7 +372,7 @@ class Connection:
         limit, seen, deadline = self.lane.limits.headers, 0, 0.0
         while True:
             data = await self.channel.peek(limit, patience, seen)
-            deadline = deadline or self.lane.poller.now() + HEAD_TIMEOUT
+            deadline = deadline or self.lane.poller.now() + HEAD_SECONDS
             end = data.find(b"\r\n\r\n")
             if end >= 0 or not data or len(data) >= limit or b"\n\n" in data:
                 return self.channel.sock.recv(end + 4 if end >= 0 else limit)
@@ -587,7 +599,7 @@ class Connection:
                 again = True  # a kept connection that died before the first byte: once more, on a new one
 
     async def _answer_head(self, upstream: UpstreamConnection, method: bytes) -> ResponseHead:
-        skipped = 0
+        skipped, deadline = 0, 0.0
         while True:
             if upstream.buffer and (head := parse_response(upstream.buffer, method, MAX_RESPONSE_HEAD)):
                 if head.status >= 200:
@@ -595,8 +607,16 @@ class Connection:
                 skipped += 1
                 if head.status == 101 or skipped > MAX_INFORMATIONAL:
                     raise BadMessage("the upstream does not answer")
+                deadline = 0.0
                 continue
-            data = await upstream.channel.recv_more(self.idle)
+            patience = self.idle
+            if upstream.buffer:  # begun: a byte now and then must not keep us here
+                now = self.lane.poller.now()
+                deadline = deadline or now + min(HEAD_SECONDS, self.idle)
+                patience = deadline - now
+                if patience <= 0:
+                    raise TimeoutError
+            data = await upstream.channel.recv_more(patience)
             if not data:
                 raise ConnectionResetError
             upstream.buffer += data

@@ -57,8 +57,11 @@ class UpstreamConnection:
 class Pool:
     """Dials, keeps and hands out connections."""
 
-    def __init__(self, poller: Poller, resolve: Resolve, trust: Sequence[Path]) -> None:
+    def __init__(
+        self, poller: Poller, resolve: Resolve, trust: Sequence[Path], connect_timeout: float = CONNECT_TIMEOUT
+    ) -> None:
         self._poller = poller
+        self._patience = connect_timeout
         self._resolve = resolve
         self._context = _context(trust)
         self._sessions: OrderedDict[Place, ssl.SSLSession] = OrderedDict()
@@ -142,12 +145,12 @@ class Pool:
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        deadline = self._poller.now() + CONNECT_TIMEOUT
+        deadline = self._poller.now() + self._patience
         failed = sock.connect_ex(address)
         channel = Channel(self._poller, sock)
         try:
             if failed == errno.EINPROGRESS:
-                await channel.wait(WRITE, CONNECT_TIMEOUT)
+                await channel.wait(WRITE, self._patience)
                 failed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if failed:
                 raise OSError(failed, "connect")

@@ -21,6 +21,7 @@ class Reason(StrEnum):
     SECRET_LEAK = "secret_leak"
     AUTHORITY_MISMATCH = "authority_mismatch"
     AMBIGUOUS_REQUEST = "ambiguous_request"
+    CLIENT_TLS = "client_tls"
     LIMIT_EXCEEDED = "limit_exceeded"
     BODY_TOO_LARGE = "body_too_large"
     CREDENTIAL_UNAVAILABLE = "credential_unavailable"
@@ -73,6 +74,11 @@ _WORDS: dict[Reason, tuple[int, str, str]] = {
         "Send the request on a connection of its own host.",
     ),
     Reason.AMBIGUOUS_REQUEST: (400, "The request can be read in more than one way: {detail}.", "Send it well-formed."),
+    Reason.CLIENT_TLS: (  # for the record: without TLS nothing can be answered
+        400,
+        "The TLS handshake between {agent} and the proxy failed.",
+        "Make the client trust the proxy's CA; `sallyport agent env` prints the variables.",
+    ),
     Reason.LIMIT_EXCEEDED: (
         429,
         "{agent} has used up a limit for {target}{detail}.",

@@ -20,6 +20,7 @@ type Field = tuple[bytes, bytes]
 
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")  # RFC 9110 section 5.6.2
 _BAD_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110 section 5.5
+_OF_CONNECTION = re.compile(rb"[ \t]*(?:negotiate|ntlm)\b", re.IGNORECASE)  # RFC 4559 section 6
 _PLAIN_PATH = re.compile(r"(?:/(?![./])[A-Za-z0-9._~!$&'()*,=:@+-]*)+")
 _ESCAPE = re.compile(r"%([0-9A-Fa-f]{2})?")
 _UNESCAPED = re.compile(r"[^A-Za-z0-9._~!$&'()*,=:@+;/%-]")
@@ -29,17 +30,24 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f\u0100-\U0010ffff]")  # or no octet at all
 _NEEDLESS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~!$&'()*,=:@")
 
 # What is never forwarded: connection-specific fields (RFC 9110 section 7.6.1), Host (it follows the URL), identity, and
-# what reverse proxies in front of us add. Framing stays, whatever Connection lists.
+# what reverse proxies in front of us add to say who the client is. Framing stays, whatever Connection lists.
 _NOT_FORWARDED = frozenset(
     {
+        b"cf-connecting-ip",
+        b"client-ip",
         b"connection",
+        b"fastly-client-ip",
         b"forwarded",
         b"host",
         b"http2-settings",
         b"keep-alive",
         b"te",
         b"trailer",
+        b"true-client-ip",
         b"upgrade",
+        b"x-client-ip",
+        b"x-cluster-client-ip",
+        b"x-original-forwarded-for",
         b"x-real-ip",
     }
 )
@@ -148,6 +156,11 @@ def fold(name: bytes) -> bytes:
 
 
 @lru_cache(maxsize=512)
+def _is_authorization(name: bytes) -> bool:
+    return fold(name) == b"authorization"
+
+
+@lru_cache(maxsize=512)
 def is_forwarded(name: bytes) -> bool:
     """Whether a header can be in a view at all.
 
@@ -172,6 +185,8 @@ def _end_to_end(headers: Sequence[Field]) -> tuple[tuple[Field, ...], str]:
     for field in headers:
         if is_forwarded(field[0]):
             kept.append(field)
+            if _is_authorization(field[0]) and _OF_CONNECTION.match(field[1]):
+                raise Ambiguous("it signs in a connection (Negotiate, NTLM), which agents share")
         elif field[0].lower() == b"connection":
             listed |= _listed(field[1])
         elif field[0].lower() == b"upgrade":

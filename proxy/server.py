@@ -132,7 +132,8 @@ class Handler(mitm_server.LiveConnectionHandler):
     async def open_connection(self, command: commands.OpenConnection) -> None:
         """Dial, but not for ever."""
         task = _current_task()
-        timer = asyncio.get_running_loop().call_later(CONNECT_TIMEOUT, self._give_up, command, task)
+        seconds = min(CONNECT_TIMEOUT, self.addon.runtime.settings.limits.idle)
+        timer = asyncio.get_running_loop().call_later(seconds, self._give_up, command, task)
         try:
             await super().open_connection(command)
         finally:

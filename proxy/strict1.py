@@ -5,6 +5,7 @@ No policy lives here; each class mends what is written beside it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,10 +26,11 @@ from mitmproxy.proxy.layers.http._events import (
 )
 
 from proxy.framing import HEAD_END, head_problem
-from proxy.http1 import LINGER_BYTES, LINGER_SECONDS, MAX_INFORMATIONAL, MAX_RESPONSE_HEAD
+from proxy.http1 import HEAD_SECONDS, LINGER_BYTES, LINGER_SECONDS, MAX_INFORMATIONAL, MAX_RESPONSE_HEAD
 
 type Generator = layer.CommandGenerator[None]
 
+LATE_HEAD = "the upstream's head takes too long"
 MAX_BETWEEN = 64 * 1024  # bytes of a chunk's size line, or of trailers
 
 
@@ -127,6 +129,7 @@ class StrictClient(_http1.Http1Client):
     15.2), 101 only if asked for."""
 
     skipped = 0
+    head_since = 0.0  # when the first byte of the head that is being read came
 
     def send(self, event: HttpEvent) -> Generator:
         """A body of unknown length is chunked (RFC 9113 section 8.2.2): bare, it would be read as further requests."""
@@ -147,7 +150,9 @@ class StrictClient(_http1.Http1Client):
             steps = super().read_headers(event)
             first = next(steps, None)
             if first is None:
+                yield from self._bound_head()
                 return
+            self.head_since = 0.0
             if not isinstance(first, ReceiveHttp) or not isinstance(first.event, ResponseHeaders):
                 break
             assert self.request
@@ -165,6 +170,13 @@ class StrictClient(_http1.Http1Client):
                 return
         yield first
         yield from steps
+
+    def _bound_head(self) -> Generator:
+        """Each byte counts as a sign of life, so that one now and then would keep a client waiting for ever."""
+        if self.request and self.buf:
+            self.head_since = self.head_since or time.monotonic()
+            if time.monotonic() - self.head_since >= min(HEAD_SECONDS, self.context.options.tcp_timeout):
+                yield from self._give_up(LATE_HEAD)
 
     def _give_up(self, why: str) -> Generator:
         assert self.stream_id is not None

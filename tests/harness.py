@@ -429,7 +429,7 @@ class Proxy:
         """Whether requests of the agent are identified."""
         with contextlib.closing(self.connect()) as connection:
             connection.send(f"CONNECT probe.test:1 HTTP/1.1\r\nhost: probe.test:1\r\n{self.auth(name)}\r\n".encode())
-            return connection.response("CONNECT").status != 407
+            return connection.response("CONNECT").status not in (407, 429)  # 429: too many were not known
 
     def credential(self, name: str, secret: str, *words: str) -> None:
         """Seal a credential and wait until the proxy follows."""

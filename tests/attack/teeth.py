@@ -49,6 +49,49 @@ TEETH: tuple[Tooth, ...] = (
         """        _authority(value.decode("latin-1"), scheme)\n""",
         "test_authority.py -k another_authority",
     ),
+    # Identity
+    Tooth(
+        "guessing",
+        "guesses.py",
+        "over = left < 1",
+        "over = False",
+        "test_identity.py -k guessing",
+    ),
+    Tooth(
+        "lock-out",
+        "addon.py",
+        "if identified.agent is None and proofs and self._guesses",
+        "if proofs and self._guesses",
+        "test_identity.py -k guessing",
+    ),
+    Tooth(
+        "source-headers",
+        "request.py",
+        """        b"x-client-ip",\n""",
+        "",
+        "test_identity.py -k claim_of_identity",
+    ),
+    Tooth(
+        "token-in-a-row",
+        "addon.py",
+        "proofs = flows.proxy_authorization(flow)",
+        "proofs = flows.proxy_authorization(flow) or self.__dict__.get('last', [])\n        self.last = proofs",
+        "test_identity.py -k in_a_row",
+    ),
+    Tooth(
+        "shared-sign-in",
+        "request.py",
+        "if _is_authorization(field[0]) and _OF_CONNECTION.match(field[1]):",
+        "if False:",
+        "test_identity.py -k signs_in",
+    ),
+    Tooth(
+        "failed-handshake",
+        "addon.py",
+        'exchange.method, exchange.reason = "CONNECT", reason',
+        'exchange.method, exchange.reason = "CONNECT", Reason.PROTOCOL_NOT_ALLOWED',
+        "test_identity.py -k handshake",
+    ),
     # The kill switch
     Tooth(
         "kill-cuts",

@@ -22,8 +22,8 @@ LAYERS = {
         "yamltree"
     ),
     4: (
-        "admin audit ca embedded files follow gateway guard identity killswitch masterkey metrics poller records "
-        "registry rollback running sandboxenv settings settingvalue snapshot store upstream vault"
+        "admin audit ca embedded files follow gateway guard guesses identity killswitch masterkey metrics poller "
+        "records registry rollback running sandboxenv settings settingvalue snapshot store upstream vault"
     ),
     5: "addon cut flow lane layers peer pool runtime server strict1 tls",
     6: "__main__ check cli demo script",

@@ -22,6 +22,7 @@ STATUSES = {
     "secret_leak": 403,
     "authority_mismatch": 421,
     "ambiguous_request": 400,
+    "client_tls": 400,
     "limit_exceeded": 429,
     "body_too_large": 413,
     "credential_unavailable": 503,

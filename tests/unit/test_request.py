@@ -312,3 +312,11 @@ def test_a_path_pattern_in_another_form_is_refused_with_the_right_spelling(text:
     with pytest.raises(ValueError, match=r"normal form|never match|begin") as refused:
         parse_path_pattern(text)
     assert refused.value.args[1] == hint
+
+
+@pytest.mark.parametrize("value", [b"Negotiate YII=", b"NTLM", b" ntlm x", b"\tnegotiate"])
+def test_a_proof_of_who_a_connection_is_of_is_refused(value: bytes) -> None:
+    """The next agent's request goes over the same connection (RFC 4559 section 6)."""
+    with pytest.raises(Ambiguous):
+        RequestView.parse("GET", "https", Host.parse("a.test"), 443, "/", [(b"aUthorization", value)])
+    RequestView.parse("GET", "https", Host.parse("a.test"), 443, "/", [(b"authorization", b"Bearer " + value)])
