@@ -104,7 +104,8 @@ class Addon:
         """Remember the connection and which listener it came by."""
         port = client.sockname[1]
         listener = self.listeners.get(port) or Listener(f"port {port}", "", port)
-        self.peers[client.id] = Peer(client, listener)
+        source = client.peername[0] if client.peername else ""
+        self.peers[client.id] = Peer(client, listener, self.identity.of_connection(source, listener.agent))
         self.runtime.metrics.connection(listener.address, 1)
 
     @guarded(_cut_client)
@@ -235,7 +236,7 @@ class Addon:
             self._record(flow)
             return
         assert identified.agent
-        peer.tunnel = Tunnel(host, port, identified.agent.id, identified.proofs)
+        peer.tunnel = Tunnel(host, port, identified.agent.id, identified.proofs, identified.told)
         flow.request.data.host, flow.request.data.port = host.name, port
         state_of(flow).recorded = True  # its requests are
         peer.open.pop(id(flow), None)
@@ -520,10 +521,11 @@ class Addon:
             agent = registry.by_id(peer.tunnel.agent_id)
             if agent is None or agent.expired(now):
                 return Identified(reason=Reason.BAD_IDENTITY)
-            return Identified(agent, peer.tunnel.proofs, Reason.ALLOWED)
-        source = peer.client.peername[0] if peer.client.peername else ""
+            told = peer.tunnel.told
+            return Identified(told.about(agent) if told else agent, peer.tunnel.proofs, Reason.ALLOWED)
         proofs = flows.proxy_authorization(flow)
-        identified = self.identity.identify(proofs, source, peer.listener.agent, now)
+        identified = self.identity.identify(proofs, peer.shown, now)
+        source = peer.client.peername[0] if peer.client.peername else ""
         if identified.agent is None and proofs and self._guesses.too_many(source, time.monotonic()):
             self.runtime.metrics.limit_exceeded("", "", "identity")
             raise Refused(Reason.LIMIT_EXCEEDED)

@@ -45,3 +45,8 @@ def parse_agent_id(text: str) -> str:
             "beginning with a letter or digit"
         )
     return text
+
+
+def is_agent_id(text: str) -> bool:
+    """Whether `text` can be an agent's id."""
+    return _ID.fullmatch(text) is not None

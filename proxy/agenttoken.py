@@ -1,4 +1,4 @@
-"""Agents' tokens: how they are made and recognised. Pure; where digests are kept is the registry's business."""
+"""Agents' tokens and gateways' keys: how they are made and recognised. Pure; where they are kept is not known here."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ _LENGTH = 43  # characters of base62: 256 bits
 _TOKEN = re.compile(rf"(slp_[0-9A-Za-z]{{{_LENGTH}}})_([0-9a-f]{{8}})")
 
 
-def make_token(random: Callable[[int], bytes]) -> str:
-    """A token from `random(n)`, n bytes fit for keys: `slp_`, 256 bits in base62, and a checksum for scanners."""
+def make_token(random: Callable[[int], bytes], prefix: str = "slp") -> str:
+    """A token from `random(n)`, n bytes fit for keys: `slp_`, 256 bits in base62, and a checksum for scanners.
+
+    `slg` is the prefix of a gateway's key.
+    """
     chars: list[str] = []
     while len(chars) < _LENGTH:
         # 248 = 4 * 62: larger bytes would make some characters likelier.
         chars += [_ALPHABET[byte % 62] for byte in random(_LENGTH) if byte < 248]
-    body = "slp_" + "".join(chars[:_LENGTH])
+    body = f"{prefix}_" + "".join(chars[:_LENGTH])
     return f"{body}_{zlib.crc32(body.encode('ascii')):08x}"
 
 

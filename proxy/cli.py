@@ -66,11 +66,14 @@ def settings_of(arguments: Arguments) -> Settings:
     return load_settings(Path(config) if config else None, os.environ, flags, Path.cwd())
 
 
-def _print_json(data: object) -> None:
+def print_json(data: object) -> None:
+    """Data as one line of JSON."""
     print(json.dumps(data, ensure_ascii=False))
 
 
-def _with_store[T](settings: Settings, work: Callable[[Store], Awaitable[T]]) -> T:
+def with_store[T](settings: Settings, work: Callable[[Store], Awaitable[T]]) -> T:
+    """What `work` makes of the store of these settings."""
+
     async def run() -> T:
         async with await Store.open(settings.store.reveal(), settings.state) as store:
             return await work(store)
@@ -136,7 +139,7 @@ def _agent_add(arguments: Arguments) -> int:
         token = await registry.add(arguments.id, labels, ttl, arguments.on_behalf_of or "")
         return token, await registry.show(arguments.id)
 
-    token, agent = _with_store(settings, add)
+    token, agent = with_store(settings, add)
     _print_token(arguments, agent, token)
     return OK
 
@@ -148,7 +151,7 @@ def _agent_token(arguments: Arguments) -> int:
         registry = await _registry(settings, store)
         return await registry.token(arguments.id), await registry.show(arguments.id)
 
-    token, agent = _with_store(settings, renew)
+    token, agent = with_store(settings, renew)
     _print_token(arguments, agent, token)
     return OK
 
@@ -159,7 +162,7 @@ async def _registry(settings: Settings, store: Store) -> Registry:
 
 def _print_token(arguments: Arguments, agent: Agent, token: str) -> None:
     if arguments.json:
-        _print_json({"agent": agent.id, "token": token, "expires": shown_time(agent.expires)})
+        print_json({"agent": agent.id, "token": token, "expires": shown_time(agent.expires)})
         return
     print(token)
     print(
@@ -168,9 +171,9 @@ def _print_token(arguments: Arguments, agent: Agent, token: str) -> None:
 
 
 def _agent_list(arguments: Arguments) -> int:
-    agents = _with_store(settings_of(arguments), lambda store: Registry(store).list())
+    agents = with_store(settings_of(arguments), lambda store: Registry(store).list())
     if arguments.json:
-        _print_json([_agent_data(agent) for agent in agents])
+        print_json([_agent_data(agent) for agent in agents])
     elif not agents:
         print("no agents yet: sallyport agent add ID", file=sys.stderr)
     else:
@@ -178,15 +181,15 @@ def _agent_list(arguments: Arguments) -> int:
             (agent.id, _state(agent), shown_time(agent.expires) or "never", agent.on_behalf_of, _pairs(agent.labels))
             for agent in agents
         ]
-        _print_table(("AGENT", "STATE", "EXPIRES", "ON BEHALF OF", "LABELS"), rows)
+        print_table(("AGENT", "STATE", "EXPIRES", "ON BEHALF OF", "LABELS"), rows)
     return OK
 
 
 def _agent_show(arguments: Arguments) -> int:
-    agent = _with_store(settings_of(arguments), lambda store: Registry(store).show(arguments.id))
+    agent = with_store(settings_of(arguments), lambda store: Registry(store).show(arguments.id))
     data = _agent_data(agent)
     if arguments.json:
-        _print_json(data)
+        print_json(data)
     else:
         print("\n".join(f"{key:13} {_plain(value)}" for key, value in data.items()))
     return OK
@@ -208,7 +211,7 @@ def _state(agent: Agent) -> str:
 
 
 def _agent_remove(arguments: Arguments) -> int:
-    _with_store(settings_of(arguments), lambda store: Registry(store).remove(arguments.id))
+    with_store(settings_of(arguments), lambda store: Registry(store).remove(arguments.id))
     print(f"removed agent {arguments.id}", file=sys.stderr)
     return OK
 
@@ -217,7 +220,7 @@ def _agent_kill(arguments: Arguments) -> int:
     settings, agent_id, reason = settings_of(arguments), _one_or_all(arguments), arguments.reason or ""
     who, undo = agent_id or "every agent", f"undo with: sallyport agent revive {agent_id or '--all'}"
     try:
-        _with_store(settings, lambda store: Registry(store).kill(agent_id, reason))
+        with_store(settings, lambda store: Registry(store).kill(agent_id, reason))
     except StoreUnavailable as error:
         killswitch.stop(settings.state, agent_id, reason)
         print(f"killed {who} on this host, by {settings.state / killswitch.FILE}; {undo}", file=sys.stderr)
@@ -239,7 +242,7 @@ def _agent_revive(arguments: Arguments) -> int:
 
     if killswitch.resume(settings.state, agent_id):
         print(f"{who} is no longer stopped by {settings.state / killswitch.FILE}", file=sys.stderr)
-    still = _with_store(settings, revive) or killswitch.read_stops(settings.state).everybody is not None
+    still = with_store(settings, revive) or killswitch.read_stops(settings.state).everybody is not None
     print(f"revived {who}; connections that were cut stay so", file=sys.stderr)
     if agent_id and still:
         print("every agent is stopped still: sallyport agent revive --all", file=sys.stderr)
@@ -260,7 +263,7 @@ def _agent_env(arguments: Arguments) -> int:
         registry = await _registry(settings, store)
         return await registry.reissue(arguments.id)
 
-    issued = _with_store(settings, token)
+    issued = with_store(settings, token)
     authority = load_authority(settings.certs)
     bundle, wgetrc = (arguments.ca, "") if arguments.ca else map(str, write_bundle(settings.certs, authority.pem))
     running = Running.read(settings)
@@ -269,7 +272,7 @@ def _agent_env(arguments: Arguments) -> int:
     proxy = arguments.proxy or (running or Running.expected(settings)).reachable
     values = variables(arguments.id, issued, proxy, bundle, wgetrc)
     if arguments.json:
-        _print_json(values)
+        print_json(values)
     else:
         print(FORMATS[arguments.format](values))
     return OK
@@ -285,7 +288,7 @@ def _vault[T](arguments: Arguments, work: Callable[[Vault], Awaitable[T]]) -> T:
         master = await load_master_key(settings.state, os.environ, store)
         return await work(Vault(store, master, settings.state, settings.vault.lease))
 
-    return _with_store(settings, run)
+    return with_store(settings, run)
 
 
 def _vault_put(arguments: Arguments) -> int:
@@ -326,7 +329,7 @@ def _vault_rotate(arguments: Arguments) -> int:
 
 def _print_version(arguments: Arguments, version: int, done: str) -> int:
     if arguments.json:
-        _print_json({"credential": arguments.name, "version": version})
+        print_json({"credential": arguments.name, "version": version})
     else:
         print(f"{done} {arguments.name} version {version}", file=sys.stderr)
     return OK
@@ -335,7 +338,7 @@ def _print_version(arguments: Arguments, version: int, done: str) -> int:
 def _vault_list(arguments: Arguments) -> int:
     entries = _vault(arguments, lambda vault: vault.list())
     if arguments.json:
-        _print_json([_entry_data(entry) for entry in entries])
+        print_json([_entry_data(entry) for entry in entries])
     elif not entries:
         print("the vault is empty: sallyport vault put NAME --host HOST < secret-file", file=sys.stderr)
     else:
@@ -343,14 +346,14 @@ def _vault_list(arguments: Arguments) -> int:
             (entry.name, str(entry.version), entry.kind, ", ".join(entry.grant.hosts) if entry.grant else entry.problem)
             for entry in entries
         ]
-        _print_table(("CREDENTIAL", "VERSION", "KIND", "HOSTS"), rows)
+        print_table(("CREDENTIAL", "VERSION", "KIND", "HOSTS"), rows)
     return OK
 
 
 def _vault_show(arguments: Arguments) -> int:
     data = _entry_data(_vault(arguments, lambda vault: vault.show(arguments.name)))
     if arguments.json:
-        _print_json(data)
+        print_json(data)
     else:
         print("\n".join(f"{key:12} {_plain(value)}" for key, value in data.items()))
     return OK
@@ -456,12 +459,18 @@ def parse_ttl(text: str | None) -> float | None:
 
     Raises UserError.
     """
-    if text is None:
-        return None
+    return None if text is None else parse_span(text, "--ttl")
+
+
+def parse_span(text: str, flag: str) -> float:
+    """The seconds that a flag gives.
+
+    Raises UserError.
+    """
     try:
         return parse_duration(text)
     except ValueError as error:
-        raise UserError(f"--ttl {text!r}: {error.args[-1]}") from None
+        raise UserError(f"{flag} {text!r}: {error.args[-1]}") from None
 
 
 def parse_expires(text: str | None) -> float:
@@ -501,7 +510,8 @@ def _plain(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as what is in them."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -550,7 +560,10 @@ def _parser() -> argparse.ArgumentParser:
     def group(name: str, text: str) -> Any:
         return verbs.add_parser(name, parents=[common], help=text).add_subparsers(required=True, metavar="COMMAND")
 
+    from proxy.cligateway import gateway_parser  # which needs this module
+
     _agent_parser(group("agent", "register, show and stop agents"), verb)
+    gateway_parser(group("gateway", "register who may mint tokens for agents"), verb)
     _vault_parser(group("vault", "seal, list and rotate credentials"), verb)
     ca = group("ca", "the CA certificate")
     export = verb(ca, "export", _ca_export, "print the CA certificate")

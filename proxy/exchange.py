@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from proxy.agent import Agent
@@ -28,7 +27,7 @@ class Exchange:
     listener: str
     client: str
     agent: Agent | None = None
-    identity: Sequence[str] = ()
+    identity: tuple[str, ...] = ()
     method: str = ""
     scheme: str = ""
     host: str = ""

@@ -16,6 +16,7 @@ from proxy.coding import Undecodable, narrow_accept_encoding
 from proxy.exchange import Exchange, Injected
 from proxy.outbound import Opened, edit_headers
 from proxy.policy import Answer, Edit
+from proxy.proof import Told
 from proxy.reason import Reason
 from proxy.redact import BodyRedactor, Replacer, ReplacerStream
 from proxy.request import DEFAULT_PORTS, Ambiguous, Field, RequestView, strip_headers
@@ -40,6 +41,7 @@ class Tunnel:
     port: int
     agent_id: str
     proofs: tuple[str, ...]
+    told: Told | None = None  # what its proof said of the agent
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from proxy.address import ip_literal
 from proxy.agent import Agent
+from proxy.proof import Proof, Told
 from proxy.reason import Reason
 
 type Network = IPv4Network | IPv6Network
@@ -26,38 +27,73 @@ class Agents(Protocol):
         """The agent of that id."""
 
 
+class Issuer(Protocol):
+    """Somebody whose signed tokens are accepted; false while it has no key."""
+
+    def __bool__(self) -> bool:
+        """Whether any token could be accepted."""
+
+    def verify(self, token: str, now: float) -> Proof | None:
+        """What a token proves at `now` (Unix seconds); None: nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Identified:
-    """An agent and the proofs that named it, or why there is none."""
+    """An agent and the proofs that named it, or why there is none. `told` is what a proof added to the agent."""
 
     agent: Agent | None = None
     proofs: tuple[str, ...] = ()
     reason: Reason = Reason.NO_IDENTITY
+    told: Told | None = None
 
 
 class Identity:
     """The accepted proofs. `networks` maps source networks to agents; the most specific one counts."""
 
-    def __init__(self, agents: Agents, *, token: bool, networks: Mapping[Network, str]) -> None:
+    def __init__(
+        self, agents: Agents, *, token: bool, networks: Mapping[Network, str], issuers: Sequence[Issuer] = ()
+    ) -> None:
         self.agents = agents
         self.token = token
+        self.issuers = issuers
         self.networks: Sequence[tuple[Network, str]] = sorted(networks.items(), key=lambda item: -item[0].prefixlen)
 
-    def identify(self, authorization: Iterable[str], source: str, listener_agent: str | None, now: float) -> Identified:
-        """The agent of a request with these Proxy-Authorization values, from this address, at `now` (Unix seconds)."""
-        found: list[tuple[str, Agent | None]] = []
-        if self.token:
-            for value in authorization:
-                name, token = _credentials(value)
-                agent = self.agents.by_token(token)
-                found.append(("token", agent))
-                if agent and name and name != agent.id:
-                    return Identified(reason=Reason.IDENTITY_CONFLICT)
+    def of_connection(self, source: str, listener_agent: str | None) -> tuple[Proof, ...]:
+        """What a connection from this address to this listener proves for all its requests."""
+        found = []
         if by_network := self._network(source):
-            found.append(("network", self.agents.by_id(by_network)))
+            found.append(Proof("network", by_network))
         if listener_agent:
-            found.append(("listener", self.agents.by_id(listener_agent)))
-        return self._agreed(found, now)
+            found.append(Proof("listener", listener_agent))
+        return tuple(found)
+
+    def identify(self, authorization: Iterable[str], shown: Sequence[Proof], now: float) -> Identified:
+        """The agent of a request with these Proxy-Authorization values, on a connection that has `shown` these proofs,
+        at `now` (Unix seconds)."""
+        names: list[str] = []
+        agents: list[Agent | None] = []
+        told: Told | None = None
+        for value in authorization:
+            name, token = _credentials(value)
+            agent = None
+            if self.token and (agent := self.agents.by_token(token)):
+                names.append("token")
+            elif proof := next((proof for issuer in self.issuers if (proof := issuer.verify(token, now))), None):
+                agent, told = self._agent(proof, now), told or proof.told
+                names.append(proof.name)
+            elif not self.token and not any(self.issuers):
+                continue  # no proof that is accepted stands in this header
+            agents.append(agent)
+            if agent and name and name != agent.id:
+                return Identified(reason=Reason.IDENTITY_CONFLICT)
+        for proof in shown:
+            agents.append(self._agent(proof, now))
+            names.append(proof.name)
+            told = told or proof.told
+        return self._agreed(agents, names, told, now)
+
+    def _agent(self, proof: Proof, now: float) -> Agent | None:
+        return self.agents.by_id(proof.agent) if now < proof.expires else None
 
     def _network(self, source: str) -> str | None:
         address = ip_literal(source.partition("%")[0]) if self.networks else None
@@ -67,15 +103,16 @@ class Identity:
         return next((agent for network, agent in self.networks if address in network), None)
 
     @staticmethod
-    def _agreed(found: Sequence[tuple[str, Agent | None]], now: float) -> Identified:
+    def _agreed(found: Sequence[Agent | None], names: Sequence[str], told: Told | None, now: float) -> Identified:
         if not found:
             return Identified()
-        agents = [agent for _, agent in found if agent and not agent.expired(now)]
+        agents = [agent for agent in found if agent and not agent.expired(now)]
         if len(agents) < len(found):
             return Identified(reason=Reason.BAD_IDENTITY)
         if len({agent.id for agent in agents}) > 1:
             return Identified(reason=Reason.IDENTITY_CONFLICT)
-        return Identified(agents[0], tuple(dict.fromkeys(proof for proof, _ in found)), Reason.ALLOWED)
+        agent = told.about(agents[0]) if told else agents[0]
+        return Identified(agent, tuple(dict.fromkeys(names)), Reason.ALLOWED, told)
 
 
 def _credentials(value: str) -> tuple[str, str]:

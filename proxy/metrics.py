@@ -15,7 +15,7 @@ import threading
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from importlib import metadata
 from typing import Any
 
@@ -45,6 +45,7 @@ _FAMILIES = {  # attribute of _Series: metric, labels after `agent`, help
     "limits": ("limits_exceeded_total", ("rule", "limit"), "Requests refused by a limit of a rule."),
 }
 _RULES, _DROPPED, _SERIES_DROPPED = "rule_requests_total", "audit_dropped_total", "agent_series_dropped_total"
+_PROOFS = "identity_proofs_total"
 _RELOADED = "rules_last_reload_success_timestamp_seconds"
 type _Families = dict[str, tuple[tuple[str, ...], str]]  # metric: labels, help
 _COUNTERS: _Families = {
@@ -53,6 +54,7 @@ _COUNTERS: _Families = {
     "rules_reloads_total": (("result",), "Loads of the rules, by result."),
     "vault_operations_total": (("operation", "result"), "Operations of the vault."),
     _DROPPED: ((), "Exchanges missing in the audit log."),
+    _PROOFS: (("proof",), "Identified exchanges by the kind of proof."),
     "certificates_minted_total": ((), "Leaf certificates made."),
 }
 _GAUGES: _Families = {
@@ -83,6 +85,12 @@ class _Series:
         self.limits: Counts = defaultdict(int)
 
 
+@lru_cache(maxsize=1024)
+def _kind(proof: str) -> tuple[str]:
+    """The label of a proof: `gateway` of `gateway:NAME`."""
+    return (proof.partition(":")[0],)
+
+
 def _counts(labels: tuple[str, ...]) -> Counts:
     """Without labels there is one series from the start."""
     return defaultdict(int) if labels else defaultdict(int, {(): 0})
@@ -104,6 +112,7 @@ class Metrics:
         self._counters = {name: _counts(labels) for name, (labels, _) in _COUNTERS.items()}
         self._gauges = {name: _counts(labels) for name, (labels, _) in _GAUGES.items()}
         self._rules = self._counters[_RULES]
+        self._proofs = self._counters[_PROOFS]
         self._dropped_lock = threading.Lock()
         for result in ("success", "failure"):
             self._counters["rules_reloads_total"][result,] = 0
@@ -130,6 +139,8 @@ class Metrics:
         for labels, times in exchange.redacted.items():
             its.redacted[labels] += times
         self._rules[self._rule_labels(exchange.rule or NONE, verdict)] += 1
+        for proof in exchange.identity:
+            self._proofs[_kind(proof)] += 1
         self._request_seconds[verdict].observe(exchange.duration)
         self._decision_seconds.observe(exchange.decision_duration)
         if exchange.upstream_duration is not None:

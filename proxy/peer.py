@@ -12,6 +12,7 @@ from mitmproxy import connection, http
 from proxy.address import Host
 from proxy.flow import Tunnel
 from proxy.layers import HttpLayer
+from proxy.proof import Proof
 from proxy.reason import Reason
 from proxy.settingvalue import Listener
 
@@ -39,6 +40,7 @@ class Peer:
 
     client: connection.Client
     listener: Listener
+    shown: tuple[Proof, ...] = ()  # by the connection itself, for every request on it
     tunnel: Tunnel | None = None
     sni_mismatch: bool = False
     dials: dict[tuple[str, int], Dial] = field(default_factory=dict)

@@ -18,6 +18,7 @@ from proxy.secret import Secret
 from proxy.store import Store
 
 TABLE = "vault"
+GATEWAY = "gateway:"  # begins the name of a gateway's key; no credential's name has a colon, so no rule can inject one
 _TOMBSTONE = "removed"  # a kind no operator can write
 _SANE = 1 << 53  # a version above is a forger's, and not counted on from
 
@@ -38,6 +39,11 @@ class Opened:
     def removed(self) -> bool:
         """Whether this is the tombstone of a credential."""
         return self.stored.record.kind == _TOMBSTONE
+
+
+def is_gateway(name: str) -> bool:
+    """Whether the record is a gateway's key."""
+    return name.startswith(GATEWAY)
 
 
 class Records:

@@ -18,7 +18,8 @@ from proxy.ca import load_authority
 from proxy.exchange import Exchange
 from proxy.follow import Follower
 from proxy.gateway import Gateway
-from proxy.identity import Identity
+from proxy.gatewaykeys import GatewayKeys
+from proxy.identity import Identity, Issuer
 from proxy.killswitch import KillSwitch
 from proxy.masterkey import load_master_key
 from proxy.metrics import Metrics
@@ -64,7 +65,13 @@ class Runtime:
         self.follower.subscribe(AGENTS, self.registry.apply_changes)
         self.rules = Rules(settings.rules, self.metrics.reloaded)
         self.gateway = Gateway(lambda: self.rules.policy, self.clock)
-        self.identity = Identity(self.registry, token=settings.identity.token, networks=settings.identity.networks)
+        self.issuers: list[Issuer] = []
+        self.identity = Identity(
+            self.registry,
+            token=settings.identity.token,
+            networks=settings.identity.networks,
+            issuers=self.issuers,
+        )
         self.upstream = Upstream(
             connect_to=settings.upstream.connect_to,
             nameservers=settings.upstream.nameservers,
@@ -114,6 +121,10 @@ class Runtime:
         )
         self.gateway.vault = self.vault
         self.follower.subscribe(CREDENTIALS, self.vault.apply_changes)
+        if settings.identity.gateways:
+            gateways = GatewayKeys(self._store, master, settings.state, clock=self.clock)
+            self.issuers.append(gateways)
+            self.follower.subscribe(CREDENTIALS, gateways.apply_changes)
 
     async def _retry_vault(self) -> None:
         while self.vault is None:

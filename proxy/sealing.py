@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hmac
 import itertools
 import json
 import re
@@ -173,6 +174,11 @@ def open_sealed(master: MasterKey, record: Record, sealed: str) -> Secret:
         return Secret(AESGCM(data_key).decrypt(body[:_NONCE], body[_NONCE:], record.associated("secret")))
     except (InvalidTag, ValueError, TypeError, RecursionError):
         raise SealBroken("it was changed after it was sealed") from None
+
+
+def mac_matches(secret: Secret, message: bytes, mac: bytes) -> bool:
+    """Whether `mac` is HMAC-SHA-256 (RFC 2104) of `message` under a secret that is a key; compared in constant time."""
+    return hmac.compare_digest(hmac.digest(secret.reveal(), message, "sha256"), mac)
 
 
 def _derive(key: bytes, use: bytes, length: int) -> bytes:

@@ -89,6 +89,7 @@ class Identity(_Section):
     """Which proofs of identity are accepted. In `networks` the most specific one wins."""
 
     token: bool = True
+    gateways: bool = True
     networks: Annotated[
         dict[_Network, Annotated[str, _from(parse_agent)]],
         BeforeValidator(distinct(parse_network), json_schema_input_type=dict[str, str]),

@@ -17,7 +17,7 @@ from proxy.agent import Agent
 from proxy.credential import check_kind, check_secret, parse_name
 from proxy.grant import Grant
 from proxy.problem import UserError
-from proxy.records import TABLE, Records
+from proxy.records import TABLE, Records, is_gateway
 from proxy.request import RequestView
 from proxy.sealing import MasterKey, Random, Record, SealBroken, Stored
 from proxy.secret import Secret
@@ -115,7 +115,8 @@ class Vault:
         """Everything in the vault by name, with what is wrong with it. Raises StoreUnavailable."""
         marks = self._records.marks()
         texts = await self._counted("list", self._store.get_all(TABLE))
-        return [entry for name, text in sorted(texts.items()) if (entry := self._entry(name, text, marks))]
+        entries = (self._entry(name, text, marks) for name, text in sorted(texts.items()) if not is_gateway(name))
+        return [entry for entry in entries if entry]
 
     async def show(self, name: str) -> Entry:
         """One credential without its secret. Raises UserError if there is none."""

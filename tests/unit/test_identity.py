@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import ip_network
 
 import pytest
 
 from proxy.agent import Agent
-from proxy.identity import Identified, Identity
+from proxy.identity import Identified, Identity, Issuer
+from proxy.proof import Proof, Told
 from proxy.reason import Reason
 
 ALICE = Agent("alice")
@@ -40,9 +41,12 @@ def identify(
     now: float = 0.0,
     token: bool = True,
     networks: Mapping[str, str] = NETWORKS,
+    issuers: Sequence[Issuer] = (),
+    shown: Sequence[Proof] = (),
 ) -> Identified:
     parsed = {ip_network(network): agent for network, agent in networks.items()}
-    return Identity(TwoAgents(), token=token, networks=parsed).identify(authorization, source, listener, now)
+    identity = Identity(TwoAgents(), token=token, networks=parsed, issuers=issuers)
+    return identity.identify(authorization, (*identity.of_connection(source, listener), *shown), now)
 
 
 def basic(pair: str) -> str:
@@ -166,3 +170,52 @@ def test_an_agent_is_nobody_from_its_expiry_on() -> None:
 def test_tokens_may_be_switched_off() -> None:
     assert identify("Bearer token-a", token=False) == Identified()
     named(identify("Bearer token-a", token=False, listener="bob"), BOB, "listener")
+
+
+class Signed:
+    """An issuer of tokens for bob until 50, on behalf of ada."""
+
+    def __init__(self, *, keys: bool = True) -> None:
+        self.keys = keys
+
+    def __bool__(self) -> bool:
+        return self.keys
+
+    def verify(self, token: str, now: float) -> Proof | None:
+        told = Told({"team": "web"}, "ada")
+        return Proof("gateway:one", "bob", 50.0, told) if token == "signed" else None
+
+
+def test_a_signed_token_names_its_agent_and_tells_about_it() -> None:
+    found = identify("Bearer signed", issuers=[Signed()])
+    assert found.agent
+    assert (found.agent.id, found.agent.labels, found.agent.on_behalf_of) == ("bob", {"team": "web"}, "ada")
+    assert (found.proofs, found.reason) == (("gateway:one",), Reason.ALLOWED)
+    assert identify(basic("bob:signed"), issuers=[Signed()]).agent == found.agent
+
+
+def test_a_signed_token_and_another_proof_must_agree() -> None:
+    assert identify(basic("alice:signed"), issuers=[Signed()]).reason is Reason.IDENTITY_CONFLICT
+    assert identify("Bearer signed", "Bearer token-a", issuers=[Signed()]).reason is Reason.IDENTITY_CONFLICT
+    assert identify("Bearer signed", listener="alice", issuers=[Signed()]).reason is Reason.IDENTITY_CONFLICT
+    assert identify("Bearer signed", "Bearer token-b", issuers=[Signed()]).proofs == ("gateway:one", "token")
+
+
+def test_a_proof_ends() -> None:
+    assert identify("Bearer signed", issuers=[Signed()], now=50.0).reason is Reason.BAD_IDENTITY
+    late = Proof("mtls", "alice", expires=10.0)
+    named(identify(shown=[late], now=9.0), ALICE, "mtls")
+    assert identify(shown=[late], now=10.0).reason is Reason.BAD_IDENTITY
+
+
+def test_without_any_issuer_or_tokens_the_header_proves_nothing() -> None:
+    """And with one of them, whatever stands there must be a proof."""
+    assert identify("Bearer wrong", token=False, issuers=[Signed(keys=False)]) == Identified()
+    assert identify("Bearer wrong", token=False, issuers=[Signed()]).reason is Reason.BAD_IDENTITY
+    assert identify("Bearer token-a", token=False, issuers=[Signed()]).reason is Reason.BAD_IDENTITY
+
+
+def test_what_the_operator_registered_wins_over_what_a_proof_tells() -> None:
+    agent = Agent("alice", {"team": "payments"}, "eve")
+    assert Told({"team": "web", "tier": "1"}, "ada").about(agent).labels == {"team": "payments", "tier": "1"}
+    assert Told({}, "ada").about(agent).on_behalf_of == "eve"

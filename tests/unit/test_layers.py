@@ -15,18 +15,19 @@ from tests.storage import ROOT
 
 LAYERS = {
     0: "reason secret problem",
-    1: "address agent agenttoken clienthello coding exchange forms framing http1 pattern request series url",
-    2: "policy grant redact",
+    1: "address agent agenttoken clienthello coding exchange forms framing http1 pattern proof request series url",
+    2: "claims policy grant redact",
     3: (
         "credential explain outbound plan quantity rulefield rulefile rulemodel rulerisk ruletest sealing validation "
         "yamltree"
     ),
     4: (
-        "admin audit ca embedded files follow gateway guard guesses identity killswitch masterkey metrics poller "
+        "admin audit ca embedded files follow gateway gatewaykeys guard guesses identity killswitch masterkey metrics "
+        "poller "
         "records registry rollback running sandboxenv settings settingvalue snapshot store upstream vault"
     ),
     5: "addon cut flow lane layers peer pool runtime server strict1 tls",
-    6: "__main__ check cli demo script",
+    6: "__main__ check cli cligateway demo script",
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules.split()} | {"__init__": 0}
 

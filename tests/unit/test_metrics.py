@@ -37,6 +37,7 @@ CONTRACT = {  # sample name -> its labels
     "sallyport_store_up": set(),
     "sallyport_vault_operations_total": {"operation", "result"},
     "sallyport_audit_dropped_total": set(),
+    "sallyport_identity_proofs_total": {"proof"},
     "sallyport_certificates_minted_total": set(),
     "sallyport_build_info": {"version", "mitmproxy", "python"},
     "process_resident_memory_bytes": set(),
@@ -65,6 +66,7 @@ def exchange(agent: str = "coder-1", **changes: object) -> Exchange:
         scheme="https",
         host="host-the-sandbox-chose.test",
         port=443,
+        identity=("gateway:one", "network"),
         path="/path-the-sandbox-chose",
         allowed=True,
         reason=Reason.ALLOWED,
@@ -400,3 +402,13 @@ def test_processes_are_told_apart_by_worker() -> None:
     made.watch_processes(lambda: {"1": os.getpid(), "2": os.getppid()})
     found = {labels for name, labels in samples(made) if name == "process_resident_memory_bytes"}
     assert found == {frozenset({("worker", "1")}), frozenset({("worker", "2")})}
+
+
+def test_proofs_are_counted_by_kind() -> None:
+    """A gateway's name is no label."""
+    counted = Metrics()
+    for number in range(3):
+        counted.record(exchange(identity=(f"gateway:{number}", "network")))
+    counted.record(exchange(agent="", identity=()))
+    assert value(counted, "identity_proofs_total", proof="gateway") == 3
+    assert value(counted, "identity_proofs_total", proof="network") == 3
