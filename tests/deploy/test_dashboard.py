@@ -71,6 +71,7 @@ def count_everything(metrics: Metrics) -> None:
             agent=agent,
             allowed=True,
             reason=Reason.ALLOWED,
+            identity=("token",),
             rule="github-read",
             injected=[Injected("github", 1, "header:authorization")],
             redacted=Counter({("github", "body"): 1}),
