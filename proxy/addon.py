@@ -37,7 +37,7 @@ from proxy.redact import Replacer, secret_replacer
 from proxy.request import Ambiguous, RequestView
 from proxy.settingvalue import Listener
 from proxy.strict1 import LATE_HEAD
-from proxy.upstream import PINNED, Refused, SocketAddress, Upstream
+from proxy.upstream import PINNED, Refused, Upstream
 
 if TYPE_CHECKING:
     from proxy.runtime import Runtime
@@ -190,13 +190,11 @@ class Addon:
         dial = self.peers[data.client.id].dials[_address(data.server)]
         dial.failure = None
         try:
-            addresses: list[SocketAddress] = await self.upstream.addresses(
-                dial.host, _address(data.server)[1], private=dial.private
-            )
+            route = await self.upstream.route(dial.host, _address(data.server)[1], private=dial.private)
         except Refused as refused:
             dial.failure = refused.reason
             return
-        PINNED.set(addresses)
+        PINNED.set(route)
         data.server.error = None
 
     @guarded(_cut_server)

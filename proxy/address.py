@@ -21,6 +21,7 @@ _SPECIAL: tuple[IPv4Network | IPv6Network, ...] = (  # not for dialling, whateve
     IPv6Network("2001::/23"),  # protocol assignments (RFC 2928), among them Teredo and ORCHID
     IPv6Network("3fff::/20"),  # documentation (RFC 9637)
 )
+_LOCAL = (".localhost", ".local", ".internal", ".home.arpa")
 _MAX_TEXT = 1024  # characters: a name has 253, but characters that UTS 46 maps to nothing may stand between them
 _ASCII_DOTS = str.maketrans("\u3002\uff0e\uff61", "...")  # UTS 46 section 2.3: other full stops
 
@@ -145,6 +146,12 @@ def is_public(ip: Address) -> bool:
     if any(ip in network for network in _SPECIAL):
         return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+def is_local_name(host: Host) -> bool:
+    """Whether a name means something else on each network: one label, or below a name kept for that (RFC 6761
+    section 6.3, RFC 6762, RFC 8375, ICANN's `internal`)."""
+    return "." not in host.name or host.name.endswith(_LOCAL)
 
 
 def parse_authority(text: str) -> tuple[Host, int]:

@@ -125,7 +125,7 @@ class Lane:
         self.limits = runtime.settings.limits
         self.poller = Poller()
         patience = min(CONNECT_TIMEOUT, self.limits.idle)
-        self.pool = Pool(self.poller, runtime.upstream.addresses, runtime.settings.upstream.trust, patience)
+        self.pool = Pool(self.poller, runtime.upstream.route, runtime.settings.upstream.trust, patience)
         self.contexts = Contexts(runtime)
         self.connections: dict[str, Connection] = {}
         self.strangers: set[Connection] = set()  # who has not said yet what it wants

@@ -14,10 +14,11 @@ import certifi
 from mitmproxy.connection import ConnectionState, Server
 
 from proxy.address import Host
+from proxy.parent import Declined, Parent
 from proxy.poller import WRITE, Channel, Poller, Strand
 from proxy.reason import Reason
 from proxy.tls import CIPHERS
-from proxy.upstream import Refused, SocketAddress
+from proxy.upstream import Refused, Route, SocketAddress
 
 CONNECT_TIMEOUT = 10.0  # seconds for TCP and TLS together, each address
 MAX_IDLE = 256  # connections kept in all
@@ -25,7 +26,7 @@ MAX_IDLE_EACH = 32  # for one place
 IDLE = 60.0  # seconds one is kept
 
 
-type Resolve = Callable[..., Coroutine[Any, Any, Sequence[SocketAddress]]]
+type Resolve = Callable[..., Coroutine[Any, Any, Route]]
 
 
 class Place(NamedTuple):
@@ -128,11 +129,11 @@ class Pool:
                 del self._places[connection.place]
 
     async def _dial(self, place: Place) -> UpstreamConnection:
-        addresses = await Strand.finish(self._resolve(place.host, place.port, private=place.private))
+        route = await Strand.finish(self._resolve(place.host, place.port, private=place.private))
         reason = Reason.UPSTREAM_UNREACHABLE
-        for address in addresses:
+        for address in route.addresses:
             try:
-                return await self._connect(place, address)
+                return await self._connect(place, address, route.parent)
             except ssl.SSLError:
                 reason = Reason.UPSTREAM_TLS
             except TimeoutError:
@@ -141,7 +142,7 @@ class Pool:
                 reason = Reason.UPSTREAM_UNREACHABLE
         raise Refused(reason)
 
-    async def _connect(self, place: Place, address: SocketAddress) -> UpstreamConnection:
+    async def _connect(self, place: Place, address: SocketAddress, parent: Parent | None) -> UpstreamConnection:
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -154,6 +155,8 @@ class Pool:
                 failed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if failed:
                 raise OSError(failed, "connect")
+            if parent:
+                await self._through(parent, channel, place, deadline)
             if place.tls:
                 await channel.start_tls(
                     self._context,
@@ -165,6 +168,16 @@ class Pool:
             channel.close()
             raise
         return UpstreamConnection(channel, place, address)
+
+    async def _through(self, parent: Parent, channel: Channel, place: Place, deadline: float) -> None:
+        """Let the parent proxy connect us. Raises OSError, TimeoutError."""
+        await channel.send(parent.connect(place.host, place.port), deadline - self._poller.now())
+        answer = b""
+        while not parent.accepted(answer):
+            data = await channel.recv(deadline - self._poller.now())
+            if not data:
+                raise Declined("the parent proxy hung up")
+            answer += data
 
     def close(self) -> None:
         """Give up what is idle."""

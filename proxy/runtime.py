@@ -77,6 +77,7 @@ class Runtime:
             nameservers=settings.upstream.nameservers,
             allow_addresses=settings.upstream.allow_addresses,
             own=lambda: self.own,
+            via=settings.upstream.via,
         )
         self.audit = Audit(settings.audit.file or Path(os.devnull), settings.audit.stdout, self.metrics.audit_dropped)
         self.metrics.watch(self.registry.counts, lambda: self.follower.up)

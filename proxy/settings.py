@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
+from proxy.parent import Parent, parse_parent
 from proxy.problem import Problem, Problems
 from proxy.quantity import parse_duration, parse_size
 from proxy.settingvalue import (
@@ -108,7 +109,7 @@ class Upstream(_Section):
     ] = _spelt({})
     nameservers: tuple[Annotated[Endpoint, _from(parse_nameserver)], ...] = ()
     allow_addresses: tuple[_Network, ...] = ()
-    via: _NotYet = None
+    via: Annotated[Parent | None, _from(parse_parent, str | None)] = None
 
 
 class Vault(_Section):

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from typing import Any
 
@@ -14,7 +15,8 @@ import dns.asyncresolver
 import dns.exception
 import dns.nameserver
 
-from proxy.address import Address, Host, ip_literal, is_public, unmapped
+from proxy.address import Address, Host, ip_literal, is_local_name, is_public, unmapped
+from proxy.parent import Parent
 from proxy.policy import Decision
 from proxy.reason import Reason
 from proxy.settingvalue import Endpoint
@@ -23,8 +25,19 @@ RESOLVE_TIMEOUT = 5.0  # seconds
 
 type SocketAddress = tuple[str, int]
 
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The addresses to dial; with a `parent` they are its own, and it is asked to connect `host` and `port`."""
+
+    addresses: Sequence[SocketAddress]
+    parent: Parent | None
+    host: Host
+    port: int
+
+
 # What the next connect of this task resolves to. A task that dials for a sandbox sets it; ours (store, admin) do not.
-PINNED: ContextVar[Sequence[SocketAddress] | None] = ContextVar("pinned", default=None)
+PINNED: ContextVar[Route | None] = ContextVar("pinned", default=None)
 
 
 class Refused(Exception):
@@ -48,12 +61,29 @@ class Upstream:
         nameservers: Sequence[Endpoint],
         allow_addresses: Collection[IPv4Network | IPv6Network],
         own: Callable[[], Collection[tuple[str, int]]],
+        via: Parent | None = None,
     ) -> None:
         self.connect_to = connect_to
         self.allow_addresses = tuple(allow_addresses)
         self.own = own
+        self.via = via
         self._resolver = _resolver(nameservers) if nameservers else None
         self._threads = ThreadPoolExecutor(32, "resolve")  # getaddrinfo blocks
+
+    async def route(self, host: Host, port: int, *, private: bool = False) -> Route:
+        """How to get to a host; `private` as for `addresses`. Raises Refused."""
+        parent = self.via
+        if parent is None or private or (host, port) in self.connect_to or self._is_allowed(host.ip):
+            return Route(await self.addresses(host, port, private=private), None, host, port)
+        if host.ip:
+            await self.addresses(host, port)
+        elif is_local_name(host):  # it would be looked up where the parent is
+            raise Refused(Reason.PRIVATE_ADDRESS)
+        to_host, to_port = parent.endpoint
+        found = [to_host.ip] if to_host.ip else await self._resolve(to_host.name)
+        if not found or any(self._is_own(address, to_port) for address in found):
+            raise Refused(Reason.UPSTREAM_UNREACHABLE)
+        return Route([(str(address), to_port) for address in found], parent, host, port)
 
     async def addresses(self, host: Host, port: int, *, private: bool = False) -> list[SocketAddress]:
         """The addresses to dial, all checked. `private`: a rule says that none of them may be a public one.
@@ -72,8 +102,11 @@ class Upstream:
         return [(str(address), to_port) for address in found]
 
     def _may_dial(self, address: Address, private: bool) -> bool:
-        allowed = any(address in network for network in self.allow_addresses)
+        allowed = self._is_allowed(address)
         return allowed if private else allowed or is_public(address)
+
+    def _is_allowed(self, address: Address | None) -> bool:
+        return address is not None and any(address in network for network in self.allow_addresses)
 
     def _is_own(self, address: Address, port: int) -> bool:
         hosts = {ip_literal(host) for host, own_port in self.own() if own_port == port}
@@ -137,13 +170,16 @@ def pin_connections(loop: asyncio.AbstractEventLoop) -> None:
     original = loop.create_connection
 
     async def create_connection(factory: Any, host: Any = None, port: Any = None, **options: Any) -> Any:
-        pinned = PINNED.get()
-        if pinned is None:
+        route = PINNED.get()
+        if route is None:
             return await original(factory, host, port, **options)
         failure = OSError("no address")
-        for address, to_port in pinned:
+        for address in route.addresses:
             try:
-                return await original(factory, address, to_port, **options)
+                if route.parent:
+                    sock = await route.parent.open(address, route.host, route.port)
+                    return await original(factory, sock=sock)
+                return await original(factory, *address, **options)
             except OSError as error:
                 failure = error
         raise failure

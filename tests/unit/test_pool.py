@@ -7,7 +7,7 @@ import contextlib
 import datetime
 import socket
 import ssl
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from proxy.poller import Poller
 from proxy.pool import IDLE, Place, Pool, UpstreamConnection
 from proxy.reason import Reason
 from proxy.settingvalue import Endpoint
-from proxy.upstream import Refused, SocketAddress, Upstream
+from proxy.upstream import Refused, Route, SocketAddress, Upstream
 from tests.strands import play, result, swept, turns, until
 
 SECONDS = 10.0
@@ -104,6 +104,11 @@ def led(port: int) -> Upstream:
     )
 
 
+def straight(*addresses: SocketAddress) -> Route:
+    """A route without a parent proxy."""
+    return Route(addresses, None, HOST, 443)
+
+
 def place(host: Host = HOST, *, tls: bool = True, owner: str = "") -> Place:
     return Place(host, 443 if tls else 80, tls, False, owner)
 
@@ -127,7 +132,7 @@ async def used(pool: Pool, where: Place, **options: Any) -> UpstreamConnection:
 def test_a_connection_is_used_again(trust: list[Path], tls: bool) -> None:
     async def scene(poller: Poller) -> None:
         async with Origin(origin_context() if tls else None).serve() as origin:
-            pool = Pool(poller, led(origin.port).addresses, trust)
+            pool = Pool(poller, led(origin.port).route, trust)
             first = await used(pool, place(tls=tls))
             assert not first.used
             for _ in range(3):
@@ -145,7 +150,7 @@ def test_the_one_used_last_is_taken_first(trust: list[Path]) -> None:
 
     async def scene(poller: Poller) -> None:
         async with Origin(origin_context()).serve() as origin:
-            pool = Pool(poller, led(origin.port).addresses, trust)
+            pool = Pool(poller, led(origin.port).route, trust)
             first, second, third = [await used(pool, place()) for _ in range(3)]
             for connection in (second, first, third):
                 pool.release(connection)
@@ -160,7 +165,7 @@ def test_the_one_used_last_is_taken_first(trust: list[Path]) -> None:
 def test_places_share_nothing(trust: list[Path], other: Place) -> None:
     async def scene(poller: Poller) -> None:
         async with Origin(origin_context("api.test", "other.test")).serve() as origin:
-            pool = Pool(poller, led(origin.port).addresses, trust)
+            pool = Pool(poller, led(origin.port).route, trust)
             kept = await used(pool, place())
             pool.release(kept)
             fresh = pool.acquire(other)
@@ -176,7 +181,7 @@ def test_a_fresh_one_can_be_asked_for(trust: list[Path]) -> None:
 
     async def scene(poller: Poller) -> None:
         async with Origin(origin_context()).serve() as origin:
-            pool = Pool(poller, led(origin.port).addresses, trust)
+            pool = Pool(poller, led(origin.port).route, trust)
             kept = await used(pool, place())
             pool.release(kept)
             fresh = await used(pool, place(), fresh=True)
@@ -192,7 +197,7 @@ def test_only_so_many_are_kept_for_a_place(trust: list[Path], monkeypatch: pytes
 
     async def scene(poller: Poller) -> None:
         async with Origin(origin_context()).serve() as origin:
-            pool = Pool(poller, led(origin.port).addresses, trust)
+            pool = Pool(poller, led(origin.port).route, trust)
             connections = [await used(pool, place()) for _ in range(3)]
             for connection in connections:
                 pool.release(connection)
@@ -207,7 +212,7 @@ def test_only_so_many_are_kept_in_all(trust: list[Path], monkeypatch: pytest.Mon
 
     async def scene(poller: Poller) -> None:
         async with Origin(origin_context()).serve() as origin:
-            pool = Pool(poller, led(origin.port).addresses, trust)
+            pool = Pool(poller, led(origin.port).route, trust)
             connections = [await used(pool, place(owner=str(number))) for number in range(3)]
             for number in (1, 0, 2):
                 pool.release(connections[number])
@@ -223,7 +228,7 @@ def test_one_that_was_idle_too_long_is_not_used(trust: list[Path], clock: list[f
     async def scene(poller: Poller) -> None:
         poller.now = lambda: clock[0]
         async with Origin(origin_context()).serve() as origin:
-            pool = Pool(poller, led(origin.port).addresses, trust)
+            pool = Pool(poller, led(origin.port).route, trust)
             first, second = await used(pool, place()), await used(pool, place())
             pool.release(first)
             clock[0] += IDLE / 2
@@ -240,7 +245,7 @@ def test_nor_is_it_kept_for_ever_where_nobody_asks_again(trust: list[Path], cloc
     async def scene(poller: Poller) -> None:
         poller.now = lambda: clock[0]
         async with Origin(origin_context()).serve() as origin:
-            pool = Pool(poller, led(origin.port).addresses, trust)
+            pool = Pool(poller, led(origin.port).route, trust)
             old, other = await used(pool, place()), await used(pool, place(owner="coder-1"))
             pool.release(old)
             clock[0] += IDLE
@@ -254,7 +259,7 @@ def test_nor_is_it_kept_for_ever_where_nobody_asks_again(trust: list[Path], cloc
 def test_the_end_of_a_pool_closes_what_is_idle(trust: list[Path]) -> None:
     async def scene(poller: Poller) -> None:
         async with Origin(origin_context()).serve() as origin:
-            pool = Pool(poller, led(origin.port).addresses, trust)
+            pool = Pool(poller, led(origin.port).route, trust)
             idle, busy = await used(pool, place()), await used(pool, place())
             pool.release(idle)
             pool.close()
@@ -270,7 +275,7 @@ def test_the_end_of_a_pool_closes_what_is_idle(trust: list[Path]) -> None:
 def test_what_the_upstream_closes_is_forgotten(trust: list[Path]) -> None:
     async def scene(poller: Poller) -> None:
         async with Origin(origin_context()).serve() as origin:
-            pool = Pool(poller, led(origin.port).addresses, trust)
+            pool = Pool(poller, led(origin.port).route, trust)
             connections = [await used(pool, place()) for _ in range(2)]
             for connection in connections:
                 pool.release(connection)
@@ -295,7 +300,7 @@ def test_what_closed_or_spoke_unasked_is_not_used(says: bytes, looks: bool) -> N
 
     async def scene(poller: Poller) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listening:
-            pool = Pool(poller, led(listening.getsockname()[1]).addresses, ())
+            pool = Pool(poller, led(listening.getsockname()[1]).route, ())
             connection = await result(pool.acquire(place(tls=False)))
             with accepted(listening, connection) as peer:
                 pool.release(connection)
@@ -317,7 +322,7 @@ def test_what_hung_up_during_the_exchange_is_not_kept() -> None:
 
     async def scene(poller: Poller) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listening:
-            pool = Pool(poller, led(listening.getsockname()[1]).addresses, ())
+            pool = Pool(poller, led(listening.getsockname()[1]).route, ())
             connection = await result(pool.acquire(place(tls=False)))
             answer = asyncio.create_task(result(connection.channel.recv(SECONDS)))
             await turns()
@@ -335,7 +340,7 @@ def test_what_has_bytes_left_is_not_kept(trust: list[Path]) -> None:
 
     async def scene(poller: Poller) -> None:
         async with Origin(origin_context()).serve() as origin:
-            pool = Pool(poller, led(origin.port).addresses, trust)
+            pool = Pool(poller, led(origin.port).route, trust)
             connection = await used(pool, place())
             connection.buffer += b"x"
             pool.release(connection)
@@ -349,7 +354,7 @@ def test_session_tickets_do_not_end_a_kept_connection(trust: list[Path]) -> None
 
     async def scene(poller: Poller) -> None:
         async with Origin(origin_context()).serve() as origin:
-            pool = Pool(poller, led(origin.port).addresses, trust)
+            pool = Pool(poller, led(origin.port).route, trust)
             connection = await result(pool.acquire(place()))
             pool.release(connection)
             await until(lambda: bool(origin.writers))
@@ -366,7 +371,7 @@ def test_session_tickets_do_not_end_a_kept_connection(trust: list[Path]) -> None
 def test_a_session_is_resumed_for_the_same_place_alone(trust: list[Path], most: ssl.TLSVersion) -> None:
     async def scene(poller: Poller) -> None:
         async with Origin(origin_context(most=most)).serve() as origin:
-            pool = Pool(poller, led(origin.port).addresses, trust)
+            pool = Pool(poller, led(origin.port).route, trust)
             for _ in range(3):
                 connection = await used(pool, place())
                 pool.release(connection)
@@ -384,8 +389,8 @@ def test_an_upstream_that_forgot_the_session_is_no_problem(trust: list[Path]) ->
         async with Origin(origin_context()).serve() as first, Origin(origin_context()).serve() as second:
             ports = [first.port, second.port]
 
-            async def resolve(*_: Any, **__: Any) -> Sequence[SocketAddress]:
-                return [("127.0.0.1", ports[0])]
+            async def resolve(*_: Any, **__: Any) -> Route:
+                return straight(("127.0.0.1", ports[0]))
 
             pool = Pool(poller, resolve, trust)
             pool.release(await used(pool, place()))
@@ -402,7 +407,7 @@ def test_the_name_is_told_and_http_1_asked_for(trust: list[Path]) -> None:
 
     async def scene(poller: Poller) -> None:
         async with Origin(origin_context()).serve() as origin:
-            pool = Pool(poller, led(origin.port).addresses, trust)
+            pool = Pool(poller, led(origin.port).route, trust)
             connection = await used(pool, place())
             assert isinstance(connection.channel.sock, ssl.SSLSocket)
             assert connection.channel.sock.selected_alpn_protocol() == "http/1.1"
@@ -449,7 +454,7 @@ def test_an_old_fashioned_ca_that_the_operator_lists_is_trusted(tmp_path: Path) 
 
     async def scene(poller: Poller) -> None:
         async with Origin(context).serve() as origin:
-            await used(Pool(poller, led(origin.port).addresses, [ca]), place())
+            await used(Pool(poller, led(origin.port).route, [ca]), place())
 
     play(scene)
 
@@ -462,7 +467,7 @@ def test_one_that_is_not_listed_is_not(tmp_path: Path, trust: list[Path]) -> Non
 def assert_refused(context: ssl.SSLContext | None, trust: list[Path], reason: Reason) -> None:
     async def scene(poller: Poller) -> None:
         async with Origin(context).serve() as origin:
-            pool = Pool(poller, led(origin.port).addresses, trust)
+            pool = Pool(poller, led(origin.port).route, trust)
             with pytest.raises(Refused) as caught:
                 await result(pool.acquire(place()))
             assert caught.value.reason is reason
@@ -519,7 +524,7 @@ def test_what_speaks_no_tls_is_refused(trust: list[Path], answer: bytes) -> None
     async def scene(poller: Poller) -> None:
         server = await asyncio.start_server(talkative(answer), "127.0.0.1", 0)
         async with server:
-            pool = Pool(poller, led(server.sockets[0].getsockname()[1]).addresses, trust)
+            pool = Pool(poller, led(server.sockets[0].getsockname()[1]).route, trust)
             with pytest.raises(Refused) as caught:
                 await result(pool.acquire(place()))
             assert caught.value.reason is Reason.UPSTREAM_TLS
@@ -539,7 +544,7 @@ def closed_port() -> int:
 def test_a_closed_port_is_unreachable() -> None:
     async def scene(poller: Poller) -> None:
         with pytest.raises(Refused) as caught:
-            await result(Pool(poller, led(closed_port()).addresses, ()).acquire(place()))
+            await result(Pool(poller, led(closed_port()).route, ()).acquire(place()))
         assert caught.value.reason is Reason.UPSTREAM_UNREACHABLE
 
     play(scene)
@@ -549,8 +554,8 @@ def test_a_closed_port_is_unreachable() -> None:
 def test_so_is_an_address_that_cannot_be_dialled(address: str) -> None:
     """`connect` fails at once, and the kernel calls the socket writable."""
 
-    async def resolve(*_: Any, **__: Any) -> Sequence[SocketAddress]:
-        return [(address, 443)]
+    async def resolve(*_: Any, **__: Any) -> Route:
+        return straight((address, 443))
 
     async def scene(poller: Poller) -> None:
         for tls in (True, False):
@@ -566,8 +571,8 @@ def test_the_next_address_is_tried(trust: list[Path]) -> None:
         async with Origin(origin_context("other.test")).serve() as wrong, Origin(origin_context()).serve() as right:
             ports = [closed_port(), wrong.port, right.port]
 
-            async def resolve(*_: Any, **__: Any) -> Sequence[SocketAddress]:
-                return [("127.0.0.1", port) for port in ports]
+            async def resolve(*_: Any, **__: Any) -> Route:
+                return straight(*[("127.0.0.1", port) for port in ports])
 
             connection = await used(Pool(poller, resolve, trust), place())
             assert connection.server.peername == ("127.0.0.1", right.port)
@@ -581,7 +586,7 @@ def test_what_the_resolver_refuses_is_refused_for_its_reason() -> None:
     async def scene(poller: Poller) -> None:
         upstream = Upstream(connect_to={}, nameservers=(), allow_addresses=(), own=lambda: ())
         with pytest.raises(Refused) as caught:
-            await result(Pool(poller, upstream.addresses, ()).acquire(place(Host.parse("127.0.0.1"))))
+            await result(Pool(poller, upstream.route, ()).acquire(place(Host.parse("127.0.0.1"))))
         assert caught.value.reason is Reason.PRIVATE_ADDRESS
 
     play(scene)
@@ -608,7 +613,7 @@ def test_a_connect_that_lasts_too_long_ends(clock: list[float]) -> None:
                 sock.setblocking(False)
                 sock.connect_ex(listening.getsockname())
             await turns()
-            await timed_out(poller, Pool(poller, led(listening.getsockname()[1]).addresses, ()), clock)
+            await timed_out(poller, Pool(poller, led(listening.getsockname()[1]).route, ()), clock)
 
     play(scene)
 
@@ -616,6 +621,6 @@ def test_a_connect_that_lasts_too_long_ends(clock: list[float]) -> None:
 def test_a_handshake_that_lasts_too_long_ends(clock: list[float]) -> None:
     async def scene(poller: Poller) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listening:
-            await timed_out(poller, Pool(poller, led(listening.getsockname()[1]).addresses, ()), clock)
+            await timed_out(poller, Pool(poller, led(listening.getsockname()[1]).route, ()), clock)
 
     play(scene)

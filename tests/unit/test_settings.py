@@ -250,6 +250,8 @@ _LATER = 'listeners are not available in this version\n    hint: write "127.0.0.
 _STORES = "the store is embedded or a URL beginning with redis://, rediss://, redis+sentinel://, redis+cluster://"
 _HOST_HINT = "\n    hint: write a host name or an IP address"
 _WORKER_WORDS = "more than one worker is not available in this version\n    hint: write 1"
+_VIA = '\n    hint: write "http://user:password@proxy.example.com:3128"'
+_VIA_ESCAPES = f'{_VIA}; percent-encode "/?#@%" in the password'
 _NULL = "not available in this version\n    hint: remove it, or write null"
 _STORE_HINT = "\n    hint: write embedded, or redis://:password@host:6379/0"
 _STORE_WORDS = f'the store\'s URL is not well-formed{_STORE_HINT}; percent-encode "/?#@" in the password'
@@ -337,7 +339,10 @@ _ID = "use 1 to 63 letters, digits, '.', '_' and '-', beginning with a letter or
             "upstream: {allow_addresses: [10.1.0.0/8]}",
             '1:30: "10.1.0.0/8" has bits set outside its mask\n    hint: write "10.0.0.0/8"',
         ),
-        ("upstream: {via: 'http://u:hunter2@h:1'}", f"1:17: {_NULL}"),
+        ("upstream: {via: 'https://u:hunter2@h:1'}", f"1:17: a parent proxy is a URL beginning with http://{_VIA}"),
+        ("upstream: {via: 'http://u:hun/ter2@h:1'}", f"1:17: the parent proxy's URL is not well-formed{_VIA_ESCAPES}"),
+        ("upstream: {via: 'http://u:hunter2@h'}", f"1:17: the parent proxy's URL names no host and port{_VIA}"),
+        ("upstream: {via: 5}", "1:17: expected a URL, got a number"),
         ("lane: fats", '1:7: expected "mitmproxy" or "fast", got "fats"\n    hint: did you mean "fast"?'),
         ("vault: {lease: 60}", f"1:16: expected a duration, got a number{_DURATION_HINT}"),
         ("vault: {lease: soon}", f'1:16: expected a duration, got "soon"{_DURATION_HINT}'),

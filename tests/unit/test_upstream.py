@@ -14,9 +14,10 @@ import pytest
 
 from proxy import upstream as module
 from proxy.address import Host
+from proxy.parent import Parent
 from proxy.reason import Reason
 from proxy.settingvalue import Endpoint
-from proxy.upstream import PINNED, Refused, SocketAddress, Upstream, pin_connections
+from proxy.upstream import PINNED, Refused, Route, SocketAddress, Upstream, pin_connections
 
 RECORDS = {
     "public.test": ["8.8.8.8", "2001:4860:4860::8888"],
@@ -100,6 +101,11 @@ def ask(
         return refused.reason
     finally:
         upstream.close()
+
+
+def straight(*addresses: SocketAddress) -> Route:
+    """A route without a parent proxy."""
+    return Route(addresses, None, Host("a.test"), 443)
 
 
 def by_version(address: SocketAddress) -> tuple[bool, str]:
@@ -262,9 +268,69 @@ async def closed_port() -> int:
     return port
 
 
+PARENT = Parent(Endpoint(Host.parse("127.0.0.1"), 3128))
+
+
+@pytest.mark.parametrize(
+    ("target", "private", "expected"),
+    [
+        ("api.example.com:443", False, "parent"),
+        ("192.0.2.1:443", False, Reason.PRIVATE_ADDRESS),
+        ("8.8.8.8:443", False, "parent"),
+        ("10.0.0.1:443", False, Reason.PRIVATE_ADDRESS),
+        ("169.254.169.254:80", False, Reason.PRIVATE_ADDRESS),
+        ("[::ffff:127.0.0.1]:80", False, Reason.PRIVATE_ADDRESS),
+        ("localhost:80", False, Reason.PRIVATE_ADDRESS),
+        ("a.localhost:80", False, Reason.PRIVATE_ADDRESS),
+        ("metadata.google.internal:80", False, Reason.PRIVATE_ADDRESS),
+        ("printer.local:80", False, Reason.PRIVATE_ADDRESS),
+        ("nas.home.arpa:80", False, Reason.PRIVATE_ADDRESS),
+        ("intranet:80", False, Reason.PRIVATE_ADDRESS),
+        ("written.test:443", False, "10.9.9.9"),
+        ("10.7.0.1:80", False, "10.7.0.1"),
+        ("10.7.0.1:80", True, "10.7.0.1"),
+        ("8.8.8.8:443", True, Reason.PRIVATE_ADDRESS),
+    ],
+)
+def test_what_goes_by_the_parent(target: str, private: bool, expected: str | Reason) -> None:
+    """Public names and addresses; what an operator wrote, and what a rule says is private, is dialled from here."""
+
+    async def find() -> str | Reason:
+        upstream = Upstream(
+            connect_to={endpoint("written.test:443"): endpoint("10.9.9.9:443")},
+            nameservers=(),
+            allow_addresses=[ip_network("10.7.0.0/16")],
+            own=lambda: (),
+            via=PARENT,
+        )
+        try:
+            route = await upstream.route(*endpoint(target), private=private)
+        except Refused as refused:
+            return refused.reason
+        finally:
+            upstream.close()
+        if route.parent:
+            assert route.addresses == [("127.0.0.1", 3128)]
+            assert (route.host, route.port) == endpoint(target)
+            return "parent"
+        return route.addresses[0][0]
+
+    assert asyncio.run(find()) == expected
+
+
+def test_the_parent_is_not_the_proxy_itself() -> None:
+    """That would be a loop."""
+    upstream = Upstream(
+        connect_to={}, nameservers=(), allow_addresses=(), own=lambda: [("127.0.0.1", 3128)], via=PARENT
+    )
+    with pytest.raises(Refused):
+        asyncio.run(upstream.route(Host("api.example.com"), 443))
+    upstream.close()
+
+
 def test_a_connect_goes_where_it_is_pinned_to_and_nothing_is_asked_again() -> None:
     async def story(ports: list[int]) -> None:
-        PINNED.set([("127.0.0.1", ports[0])])
+        PINNED.set(straight(("127.0.0.1", ports[0])))
         assert await reached("rebinding.test", 443) == ports[0]
         assert await reached("192.0.2.1", 443) == ports[0], "an address in the URL is led elsewhere too"
 
@@ -273,12 +339,12 @@ def test_a_connect_goes_where_it_is_pinned_to_and_nothing_is_asked_again() -> No
 
 def test_the_next_address_is_tried_where_one_fails() -> None:
     async def story(ports: list[int]) -> None:
-        PINNED.set([("127.0.0.1", await closed_port()), ("127.0.0.1", ports[0])])
+        PINNED.set(straight(("127.0.0.1", await closed_port()), ("127.0.0.1", ports[0])))
         assert await reached("a.test", 443) == ports[0]
-        PINNED.set([("127.0.0.1", await closed_port())])
+        PINNED.set(straight(("127.0.0.1", await closed_port())))
         with pytest.raises(ConnectionRefusedError):
             await reached("a.test", 443)
-        PINNED.set([])
+        PINNED.set(straight())
         with pytest.raises(OSError, match="no address"):
             await reached("a.test", 443)
 
@@ -288,7 +354,7 @@ def test_the_next_address_is_tried_where_one_fails() -> None:
 def test_a_pin_holds_in_the_task_that_set_it_only() -> None:
     async def story(ports: list[int]) -> None:
         async def pinned(port: int) -> int:
-            PINNED.set([("127.0.0.1", port)])
+            PINNED.set(straight(("127.0.0.1", port)))
             return await reached("a.test", 443)
 
         assert await asyncio.gather(*(asyncio.create_task(pinned(port)) for port in ports)) == ports
