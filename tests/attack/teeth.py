@@ -106,6 +106,31 @@ TEETH: tuple[Tooth, ...] = (
         "        stops = read_stops(self._state)\n",
         "        stops = Stops()\n",
         "test_kill.py -k store_unreachable",
+    # A parent proxy
+    Tooth(
+        "parent-private-address",
+        "upstream.py",
+        """        if host.ip:
+            await self.addresses(host, port)
+""",
+        """        if host.ip:
+            pass
+""",
+        "test_parent.py -k what_is_private",
+    ),
+    Tooth(
+        "parent-local-name",
+        "upstream.py",
+        "elif is_local_name(host):",
+        "elif False:",
+        "test_parent.py -k what_is_private",
+    ),
+    Tooth(
+        "parent-answer",
+        "parent.py",
+        'if not status or status[1][:1] != b"2" or end + 4 != len(answer):',
+        "if not status:",
+        "test_parent.py -k answer_is_not",
     ),
 )
 
