@@ -106,6 +106,7 @@ TEETH: tuple[Tooth, ...] = (
         "        stops = read_stops(self._state)\n",
         "        stops = Stops()\n",
         "test_kill.py -k store_unreachable",
+    ),
     # A parent proxy
     Tooth(
         "parent-private-address",
