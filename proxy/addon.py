@@ -22,6 +22,8 @@ from mitmproxy.tls import ClientHelloData, TlsData
 
 from proxy import flow as flows
 from proxy.address import Host, parse_authority
+from proxy.agent import AgentState
+from proxy.ca import Leaf
 from proxy.coding import Undecodable
 from proxy.exchange import Exchange
 from proxy.flow import FlowState, Tunnel, state_of
@@ -32,6 +34,7 @@ from proxy.identity import Identified, Identity
 from proxy.layers import ClientTls, HttpLayer, Refuse
 from proxy.outbound import body_placeholders, secrets_known, secrets_sent
 from proxy.peer import Dial, Peer, ulid
+from proxy.policy import Policy
 from proxy.reason import Reason
 from proxy.redact import Replacer, secret_replacer
 from proxy.request import Ambiguous, RequestView
@@ -157,7 +160,7 @@ class Addon:
     def tls_start_client(self, data: TlsData) -> None:
         """Show our certificate."""
         client = data.context.client
-        data.ssl_conn = self.runtime.client_tls.connection(self.certificate_host(client, client.sni))
+        data.ssl_conn = self.runtime.client_tls.connection(self.leaf(client, client.sni))
 
     @guarded(_cut_tls)
     def tls_start_server(self, data: TlsData) -> None:
@@ -229,6 +232,8 @@ class Addon:
             policy = self.gateway.policy()
             if port not in (policy.tls_ports if policy else {443}):
                 raise Refused(Reason.NO_RULE)
+            if self.runtime.agent_authorities:
+                _vouch(policy, identified, host)
         except Refused as refused:
             self.refuse(flow, refused)
             self._record(flow)
@@ -419,6 +424,12 @@ class Addon:
         peer = self.peers.get(client.id) if client else None
         return peer.tunnel if peer else None
 
+    def leaf(self, client: connection.Client, server_name: str | None) -> Leaf:
+        """The certificate to show in a tunnel."""
+        host, tunnel = self.certificate_host(client, server_name), self.tunnel_of(client)
+        assert tunnel
+        return self.runtime.leaf(tunnel.agent_id, host)
+
     def certificate_host(self, client: connection.Client, server_name: str | None) -> Host:
         """Whose certificate to show. The server name must be the CONNECT target; with another one the client gets that
         one's certificate and nothing but refusals, which it can then read."""
@@ -584,6 +595,16 @@ class Addon:
         if state.answered and flow.response:
             exchange.response_bytes = len(flow.response.raw_content or b"")
         self.runtime.record(exchange)
+
+
+def _vouch(policy: Policy | None, identified: Identified, host: Host) -> None:
+    """A CA of an agent's own is gone with the agent, and limited to the hosts its rules name: what it does not vouch
+    for cannot be answered inside the tunnel."""
+    agent = identified.agent
+    if agent is None or agent.state is not AgentState.ACTIVE:
+        raise Refused(Reason.AGENT_KILLED)
+    if policy is None or not any(rule.may_allow(agent) for rule in policy.candidates(host)):
+        raise Refused(Reason.NO_RULE)
 
 
 def _fill(exchange: Exchange, view: RequestView) -> None:

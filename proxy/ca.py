@@ -1,4 +1,4 @@
-"""The certificate authority sandboxes trust: made on the first run, and the leaf certificates it signs."""
+"""The certificate authority sandboxes trust: made on the first run, loaded with what a rotation has under way."""
 
 from __future__ import annotations
 
@@ -7,45 +7,35 @@ import os
 import stat
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from proxy.address import Host
+from proxy.certificate import LEAF_LIFETIME, Clock, PrivateKey, key_pem, make_ca, make_leaf, new_key, pem, utc_now
 from proxy.problem import UserError
 
-CA_LIFETIME = datetime.timedelta(days=3650)
-LEAF_LIFETIME = datetime.timedelta(hours=24)
-BACKDATED = datetime.timedelta(hours=1)  # for sandboxes whose clock is behind
 MAX_LEAVES = 1000
-MAX_COMMON_NAME = 64  # RFC 5280 appendix A.1
-
-type PrivateKey = ec.EllipticCurvePrivateKey
-type Clock = Callable[[], datetime.datetime]
+CERTIFICATE, KEY = "ca.pem", "ca.key"
 
 
-def utc_now() -> datetime.datetime:
-    """The time certificates are dated by."""
-    return datetime.datetime.now(datetime.UTC)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Leaf:
-    """A certificate for one host and the key all leaves share."""
+    """A certificate for one host, the key all leaves share, and what stands between it and older roots."""
 
     certificate: x509.Certificate
     key: PrivateKey
+    chain: tuple[x509.Certificate, ...] = ()
 
     @cached_property
     def pem(self) -> bytes:
-        """Key and certificate, as the standard library's ssl loads them."""
-        return _key_pem(self.key) + self.certificate.public_bytes(serialization.Encoding.PEM)
+        """Key and certificates, as the standard library's ssl loads them."""
+        return key_pem(self.key) + pem(self.certificate, *self.chain)
 
     @cached_property
     def renew(self) -> datetime.datetime:
@@ -54,63 +44,65 @@ class Leaf:
 
 
 class Authority:
-    """A CA and its bounded cache of leaves."""
+    """A CA and its bounded cache of leaves. `chain` is sent behind each leaf, `trusted` are the roots to hand out.
+    Where a rotation is under way it ends at `until`."""
 
-    def __init__(self, certificate: x509.Certificate, key: PrivateKey, clock: Clock = utc_now) -> None:
+    def __init__(
+        self,
+        certificate: x509.Certificate,
+        key: PrivateKey,
+        clock: Clock = utc_now,
+        *,
+        chain: Sequence[x509.Certificate] = (),
+        trusted: Sequence[x509.Certificate] = (),
+        until: datetime.datetime | None = None,
+    ) -> None:
         self.certificate = certificate
+        self.key = key
+        self.chain = tuple(chain)
+        self.trusted = tuple(trusted) or (certificate,)
+        self.until = until
         self.on_mint: Callable[[], None] = lambda: None
-        self._key = key
         self._clock = clock
-        self._leaf_key = ec.generate_private_key(ec.SECP256R1())
+        self._leaf_key = new_key()
         self._leaves: OrderedDict[Host, Leaf] = OrderedDict()
 
     @property
     def pem(self) -> bytes:
-        """The CA certificate."""
-        return self.certificate.public_bytes(serialization.Encoding.PEM)
+        """The certificates a sandbox must trust: one, and two while a rotation is under way."""
+        return pem(*self.trusted)
+
+    def become(self, other: Authority) -> bool:
+        """Sign as `other` does from now on; whether that is another than before."""
+        same = (self.certificate, self.chain, self.trusted) == (other.certificate, other.chain, other.trusted)
+        self.certificate, self.key, self.until = other.certificate, other.key, other.until
+        self.chain, self.trusted = other.chain, other.trusted
+        if not same:
+            self._leaves.clear()
+        return not same
 
     def leaf(self, host: Host) -> Leaf:
         """The certificate to show for `host`."""
         leaf = self._leaves.get(host)
         if leaf is None or self._clock() >= leaf.renew:
-            leaf = self._leaves[host] = self._mint(host)
+            certificate = make_leaf(host, self._leaf_key, self.certificate, self.key, self._clock())
+            leaf = self._leaves[host] = Leaf(certificate, self._leaf_key, self.chain)
             self.on_mint()
             if len(self._leaves) > MAX_LEAVES:
                 self._leaves.popitem(last=False)
         self._leaves.move_to_end(host)
         return leaf
 
-    def _mint(self, host: Host) -> Leaf:
-        name: x509.GeneralName = x509.IPAddress(host.ip) if host.ip else x509.DNSName(host.name)
-        subject = [x509.NameAttribute(NameOID.COMMON_NAME, host.name)] if len(host.name) <= MAX_COMMON_NAME else []
-        usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
-        certificate = (
-            _builder(x509.Name(subject), self.certificate.subject, self._leaf_key, LEAF_LIFETIME, self._clock())
-            # RFC 5280 section 4.2.1.6: without a subject the alternative name is critical.
-            .add_extension(x509.SubjectAlternativeName([name]), critical=not subject)
-            .add_extension(usage, critical=False)
-            .add_extension(_key_usage(digital_signature=True), critical=True)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(
-                    self.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-                ),
-                critical=False,
-            )
-            .sign(self._key, hashes.SHA256())
-        )
-        return Leaf(certificate, self._leaf_key)
 
-
-def load_authority(folder: Path, clock: Clock = utc_now) -> Authority:
+def load_pair(folder: Path, clock: Clock = utc_now) -> Authority:
     """The CA in `folder` (`ca.pem`, `ca.key`), made there if neither file exists.
 
     Raises UserError.
     """
-    certificate_file, key_file = folder / "ca.pem", folder / "ca.key"
+    certificate_file, key_file = folder / CERTIFICATE, folder / KEY
     try:
         if not certificate_file.exists() and not key_file.exists():
-            _create(folder, certificate_file, key_file, clock())
+            _create(folder, clock())
         _check_private(key_file)
         certificate = x509.load_pem_x509_certificate(certificate_file.read_bytes())
         key = serialization.load_pem_private_key(key_file.read_bytes(), password=None)
@@ -146,62 +138,32 @@ def _check_private(key_file: Path) -> None:
         raise UserError(f"{key_file} can be read by others; run: chmod 600 {key_file}")
 
 
-def _create(folder: Path, certificate_file: Path, key_file: Path, now: datetime.datetime) -> None:
+def new_ca(now: datetime.datetime) -> tuple[x509.Certificate, PrivateKey]:
+    """A CA with a name of its own, that may once vouch for its successor."""
+    key = new_key()
+    return make_ca(f"Sallyport CA {now:%Y-%m-%d} {os.urandom(3).hex()}", key, now, below=1), key
+
+
+def _create(folder: Path, now: datetime.datetime) -> None:
     folder.mkdir(parents=True, exist_ok=True, mode=0o755)
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Sallyport CA {now:%Y-%m-%d}")])
-    certificate = (
-        _builder(name, name, key, CA_LIFETIME, now)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_key_usage(key_cert_sign=True, crl_sign=True), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    pem = _key_pem(key)
-    _write(key_file, pem, 0o600)
-    _write(certificate_file, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+    write_pair(folder, *new_ca(now))
 
 
-def _key_pem(key: PrivateKey) -> bytes:
-    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    return key.private_bytes(encoding, form, serialization.NoEncryption())
+def write_pair(folder: Path, certificate: x509.Certificate, key: PrivateKey) -> None:
+    """Puts a CA in place, the key first. Raises OSError."""
+    write_whole(folder / KEY, key_pem(key), 0o600)
+    write_whole(folder / CERTIFICATE, pem(certificate), 0o644)
 
 
-def _write(path: Path, data: bytes, mode: int) -> None:
-    """Whole or not at all."""
+def write_whole(path: Path, data: bytes, mode: int) -> None:
+    """Makes `path` hold `data`, whole or not at all. Raises OSError."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        os.fchmod(file.fileno(), mode)
-    os.replace(file.name, path)
-
-
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: PrivateKey, lifetime: datetime.timedelta, now: datetime.datetime
-) -> x509.CertificateBuilder:
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - BACKDATED)
-        .not_valid_after(now + lifetime)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-    )
-
-
-def _key_usage(
-    *, digital_signature: bool = False, key_cert_sign: bool = False, crl_sign: bool = False
-) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=digital_signature,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=key_cert_sign,
-        crl_sign=crl_sign,
-        encipher_only=False,
-        decipher_only=False,
-    )
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.fchmod(file.fileno(), mode)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

@@ -10,13 +10,13 @@ import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from proxy import __version__, killswitch
 from proxy.agent import NEVER, Agent, AgentState
-from proxy.ca import load_authority
+from proxy.agentca import constraints_for, forget, hosts_of, issue
 from proxy.credential import clean_secret
 from proxy.grant import Grant
 from proxy.masterkey import load_master_key
@@ -24,9 +24,11 @@ from proxy.outbound import placeholder_of
 from proxy.problem import Problems, UserError
 from proxy.quantity import parse_duration
 from proxy.registry import Registry
+from proxy.rotation import begin, finish, load_authority, shown
 from proxy.running import Running
-from proxy.sandboxenv import FORMATS, ca_bundle, variables, write_bundle
+from proxy.sandboxenv import FORMATS, Bundle, ca_bundle, refresh_bundle, variables, write_bundle
 from proxy.settings import Settings, load_settings, settings_schema
+from proxy.snapshot import read_policy
 from proxy.store import Store, StoreUnavailable
 from proxy.vault import Entry, Vault
 
@@ -211,7 +213,9 @@ def _state(agent: Agent) -> str:
 
 
 def _agent_remove(arguments: Arguments) -> int:
-    with_store(settings_of(arguments), lambda store: Registry(store).remove(arguments.id))
+    settings = settings_of(arguments)
+    with_store(settings, lambda store: Registry(store).remove(arguments.id))
+    forget(settings.certs, arguments.id)
     print(f"removed agent {arguments.id}", file=sys.stderr)
     return OK
 
@@ -228,6 +232,8 @@ def _agent_kill(arguments: Arguments) -> int:
             raise UserError(f"other hosts were not told: {error}") from None
     else:
         print(f"killed {who}; {undo}", file=sys.stderr)
+    finally:
+        forget(settings.certs, agent_id)
     return OK
 
 
@@ -259,23 +265,39 @@ def _one_or_all(arguments: Arguments) -> str | None:
 def _agent_env(arguments: Arguments) -> int:
     settings = settings_of(arguments)
 
-    async def token(store: Store) -> str:
+    async def token(store: Store) -> tuple[str, Agent]:
         registry = await _registry(settings, store)
-        return await registry.reissue(arguments.id)
+        return await registry.reissue(arguments.id), await registry.show(arguments.id)
 
-    issued = with_store(settings, token)
-    authority = load_authority(settings.certs)
-    bundle, wgetrc = (arguments.ca, "") if arguments.ca else map(str, write_bundle(settings.certs, authority.pem))
+    issued, agent = with_store(settings, token)
+    written = write_bundle(*_trusted(settings, agent))
+    bundle = Bundle(arguments.ca) if arguments.ca else written
     running = Running.read(settings)
     if not running and not arguments.proxy:
         print("note: no proxy runs here with these settings; the address is where it would listen", file=sys.stderr)
     proxy = arguments.proxy or (running or Running.expected(settings)).reachable
-    values = variables(arguments.id, issued, proxy, bundle, wgetrc)
+    values = variables(arguments.id, issued, proxy, bundle)
     if arguments.json:
         print_json(values)
     else:
         print(FORMATS[arguments.format](values))
     return OK
+
+
+def _trusted(settings: Settings, agent: Agent) -> tuple[Path, bytes]:
+    """Where the bundle of a sandbox lies, and the CA in it.
+
+    Raises UserError, and Problems where its hosts cannot be told because the rules are broken.
+    """
+    if settings.ca == "shared":
+        return settings.certs, load_authority(settings.certs).pem
+    if agent.state is not AgentState.ACTIVE:
+        raise UserError(f"agent {agent.id} is killed, and has no CA: `sallyport agent revive {agent.id}` first")
+    hosts = hosts_of(read_policy(settings.rules)[0], agent)
+    if hosts == ():
+        print(f"note: no rule allows {agent.id} any host; run this again when one does", file=sys.stderr)
+    constraints = None if hosts is None else constraints_for(hosts)
+    return settings.certs / "bundles" / agent.id, issue(settings.certs, agent, constraints).pem
 
 
 # vault
@@ -406,6 +428,31 @@ def _read_secret(arguments: Arguments) -> bytes:
 def _ca_export(arguments: Arguments) -> int:
     pem = load_authority(settings_of(arguments).certs).pem
     sys.stdout.buffer.write(ca_bundle(pem) if arguments.bundle else pem)
+    return OK
+
+
+def _ca_rotate(arguments: Arguments) -> int:
+    certs = settings_of(arguments).certs
+    if arguments.finish:
+        finish(certs)
+        refresh_bundle(certs, load_authority(certs).pem)
+        print("the new CA is the only one; sandboxes that trust the old one alone fail from now on", file=sys.stderr)
+        return OK
+    try:
+        overlap = timedelta(seconds=parse_duration(arguments.overlap))
+    except ValueError as error:
+        raise UserError(f"--overlap {arguments.overlap!r}: {error.args[-1]}") from None
+    rotation = begin(certs, overlap)
+    refresh_bundle(certs, load_authority(certs).pem)
+    until = shown(rotation.until)
+    if rotation.cross:
+        print(f"the new CA signs now, and until {until} it is vouched for by the old one", file=sys.stderr)
+    else:
+        print(f"the old CA may vouch for no other: it signs until {until}, then the new one does", file=sys.stderr)
+    print(
+        "hand out the bundle again before that (sallyport agent env, sallyport ca export --bundle): it holds both",
+        file=sys.stderr,
+    )
     return OK
 
 
@@ -568,6 +615,9 @@ def _parser() -> argparse.ArgumentParser:
     ca = group("ca", "the CA certificate")
     export = verb(ca, "export", _ca_export, "print the CA certificate")
     export.add_argument("--bundle", action="store_true", help="merged with the system's roots")
+    rotate = verb(ca, "rotate", _ca_rotate, "make a new CA while sandboxes that trust the old one go on")
+    rotate.add_argument("--overlap", metavar="7d", default="7d", help="how long both are trusted (default: 7d)")
+    rotate.add_argument("--finish", action="store_true", help="end the overlap now")
     schema = verb(verbs, "schema", _schema, "print a JSON Schema for editors")
     schema.add_argument("what", choices=("rules", "settings"))
     return parser

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from proxy.address import Host
-from proxy.ca import Authority, load_authority
+from proxy.ca import Authority
+from proxy.rotation import load_authority
 
 SECRET = "sk-demo-7f3a9c51e8b24d60"  # noqa: S105  # made up, and it opens nothing
 WIDTH = 46

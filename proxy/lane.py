@@ -22,7 +22,6 @@ from mitmproxy.flow import Error
 from mitmproxy.proxy import mode_specs
 
 from proxy.addon import Addon
-from proxy.address import Host
 from proxy.ca import MAX_LEAVES, Leaf
 from proxy.clienthello import MAX_HELLO, is_tls, parse_client_hello
 from proxy.flow import STATE, FlowState, Tunnel, state_of
@@ -85,20 +84,18 @@ class Failed(Exception):
 class Contexts:
     """A TLS context for each leaf, bounded: making one costs more than a handshake."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._authority = runtime.authority
-        self._contexts: OrderedDict[Host, tuple[Leaf, ssl.SSLContext]] = OrderedDict()
+    def __init__(self) -> None:
+        self._contexts: OrderedDict[Leaf, ssl.SSLContext] = OrderedDict()
 
-    def get(self, host: Host) -> ssl.SSLContext:
-        """The context that shows a certificate for `host`."""
-        leaf = self._authority.leaf(host)
-        cached = self._contexts.get(host)
-        if cached is None or cached[0] is not leaf:
-            cached = self._contexts[host] = (leaf, _context(leaf))
+    def get(self, leaf: Leaf) -> ssl.SSLContext:
+        """The context that shows `leaf`."""
+        context = self._contexts.get(leaf)
+        if context is None:
+            context = self._contexts[leaf] = _context(leaf)
             if len(self._contexts) > MAX_LEAVES:
                 self._contexts.popitem(last=False)
-        self._contexts.move_to_end(host)
-        return cached[1]
+        self._contexts.move_to_end(leaf)
+        return context
 
 
 def _context(leaf: Leaf) -> ssl.SSLContext:
@@ -126,7 +123,7 @@ class Lane:
         self.poller = Poller()
         patience = min(CONNECT_TIMEOUT, self.limits.idle)
         self.pool = Pool(self.poller, runtime.upstream.route, runtime.settings.upstream.trust, patience)
-        self.contexts = Contexts(runtime)
+        self.contexts = Contexts()
         self.connections: dict[str, Connection] = {}
         self.strangers: set[Connection] = set()  # who has not said yet what it wants
         self._listening: list[socket.socket] = []
@@ -332,7 +329,7 @@ class Connection:
             seen = len(data)
         if hello.protocols and b"http/1.1" not in hello.protocols:
             return self._hand_over_tunnel()
-        context = self.lane.contexts.get(self.addon.certificate_host(self.client, hello.server_name))
+        context = self.lane.contexts.get(self.addon.leaf(self.client, hello.server_name))
         await self.channel.start_tls(context, deadline - self.lane.poller.now(), server_side=True)
         self.inside = True
         return True

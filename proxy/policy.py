@@ -156,6 +156,10 @@ class Rule:
     private: bool = False
     limits: Limits | None = None
 
+    def may_allow(self, agent: Agent) -> bool:
+        """Whether some request of `agent` could be allowed by this rule."""
+        return self.action is Verdict.ALLOW and (not self.agents or any(match.matches(agent) for match in self.agents))
+
     def mismatch(self, agent: Agent, view: RequestView) -> str:
         """The first condition that is not met, or an empty text.
 

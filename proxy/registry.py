@@ -25,7 +25,7 @@ from proxy.sealing import MasterKey
 from proxy.store import Store
 
 TABLE = "agents"
-_ALL = "*"  # no agent's id: the record of the switch that stops everybody
+EVERYBODY = _ALL = "*"  # no agent's id: the record of the switch that stops everybody
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what reading a damaged record raises
 _log = logging.getLogger(__name__)

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from proxy import __version__
+from proxy.address import Host
 from proxy.admin import Admin, Status
+from proxy.agent import AgentState
+from proxy.agentca import AgentAuthorities
 from proxy.audit import Audit
-from proxy.ca import load_authority
+from proxy.ca import Leaf
 from proxy.exchange import Exchange
 from proxy.follow import Follower
 from proxy.gateway import Gateway
@@ -25,8 +28,10 @@ from proxy.masterkey import load_master_key
 from proxy.metrics import Metrics
 from proxy.problem import UserError
 from proxy.records import TABLE as CREDENTIALS
+from proxy.registry import EVERYBODY, Registry
 from proxy.registry import TABLE as AGENTS
-from proxy.registry import Registry
+from proxy.rotation import follow as follow_ca
+from proxy.rotation import load_authority
 from proxy.running import claimed
 from proxy.settings import Settings
 from proxy.snapshot import Rules
@@ -56,13 +61,18 @@ class Runtime:
         self.metrics = Metrics()
         self.authority = load_authority(settings.certs)
         self.authority.on_mint = self.metrics.certificate_minted
-        self.client_tls = ClientTls(self.authority)
+        self.agent_authorities = (
+            AgentAuthorities(settings.certs, self.metrics.certificate_minted) if settings.ca == "per-agent" else None
+        )
+        self.client_tls = ClientTls()
         self.upstream_tls = UpstreamTls(settings.upstream.trust)
         self.registry = Registry(store)
         self.registry.on_kill = self._drop_leases
         self.kill_switch = KillSwitch(settings.state, self.registry.stop_here)
         self.follower = Follower(store)
         self.follower.subscribe(AGENTS, self.registry.apply_changes)
+        if self.agent_authorities:
+            self.follower.subscribe(AGENTS, self._end_authorities)
         self.rules = Rules(settings.rules, self.metrics.reloaded)
         self.gateway = Gateway(lambda: self.rules.policy, self.clock)
         self.issuers: list[Issuer] = []
@@ -109,6 +119,7 @@ class Runtime:
         await self.rules.load()
         self._spawn(self.follower.run())
         self._spawn(self.rules.follow())
+        self._spawn(follow_ca(self.authority, self.settings.certs))
 
     async def _open_vault(self) -> None:
         settings = self.settings
@@ -149,6 +160,27 @@ class Runtime:
     def _drop_leases(self) -> None:
         if self.vault:
             self.vault.keep_for(self.registry.living())
+
+    def leaf(self, agent_id: str, host: Host) -> Leaf:
+        """The certificate for `host` that the sandbox of an agent trusts."""
+        authority = self.authority
+        if self.agent_authorities:
+            agent = self.registry.by_id(agent_id)
+            if agent is None:
+                raise LookupError("the agent is gone, and its CA with it")
+            authority = self.agent_authorities.of(agent)
+        return authority.leaf(host)
+
+    async def _end_authorities(self, names: set[str] | None) -> None:
+        assert self.agent_authorities
+        now = self.clock()
+
+        def lives(agent_id: str) -> bool:
+            agent = self.registry.by_id(agent_id)
+            return agent is not None and agent.state is AgentState.ACTIVE and not agent.expired(now)
+
+        some = None if names is None or EVERYBODY in names else names
+        await asyncio.to_thread(self.agent_authorities.end, some, lives)
 
     def leased(self) -> Iterable[Lease]:
         """The credentials that are open now."""

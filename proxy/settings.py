@@ -143,6 +143,7 @@ class Settings(_Section):
     admin: Annotated[Endpoint, _from(parse_bind)] = _spelt("127.0.0.1:9090")
     rules: _Path = _spelt("rules/")
     certs: _Path = _spelt("certs/")
+    ca: Literal["shared", "per-agent"] = "shared"
     state: _Path = _spelt(".sallyport/")
     store: Annotated[StoreUrl, _from(parse_store)] = _spelt("embedded")
     workers: Annotated[int, _from(parse_workers, int | Literal["auto"])] = 1

@@ -15,7 +15,7 @@ from mitmproxy.proxy.layers.tls import HTTP1_ALPNS, HTTP_ALPNS
 from OpenSSL import SSL
 
 from proxy.address import Host
-from proxy.ca import MAX_LEAVES, Authority, Leaf
+from proxy.ca import MAX_LEAVES, Leaf
 from proxy.problem import UserError
 
 CIPHERS = (
@@ -28,20 +28,18 @@ _HOSTFLAGS = SSL._lib.X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS | SSL._lib.X509_CHECK
 class ClientTls:
     """Server-side TLS: a cached context for each leaf, so that sessions resume and a handshake costs little."""
 
-    def __init__(self, authority: Authority) -> None:
-        self.authority = authority
-        self._contexts: OrderedDict[Host, tuple[Leaf, SSL.Context]] = OrderedDict()
+    def __init__(self) -> None:
+        self._contexts: OrderedDict[Leaf, SSL.Context] = OrderedDict()
 
-    def connection(self, host: Host) -> SSL.Connection:
-        """A connection that shows a certificate for `host`."""
-        leaf = self.authority.leaf(host)
-        cached = self._contexts.get(host)
-        if cached is None or cached[0] is not leaf:
-            cached = self._contexts[host] = (leaf, self._context(leaf))
+    def connection(self, leaf: Leaf) -> SSL.Connection:
+        """A connection that shows `leaf`."""
+        context = self._contexts.get(leaf)
+        if context is None:
+            context = self._contexts[leaf] = self._context(leaf)
             if len(self._contexts) > MAX_LEAVES:
                 self._contexts.popitem(last=False)
-        self._contexts.move_to_end(host)
-        connection = SSL.Connection(cached[1])
+        self._contexts.move_to_end(leaf)
+        connection = SSL.Connection(context)
         connection.set_accept_state()
         return connection
 
@@ -50,6 +48,8 @@ class ClientTls:
         context = _context(SSL.TLS_SERVER_METHOD)
         context.use_certificate(leaf.certificate)
         context.use_privatekey(leaf.key)
+        for certificate in leaf.chain:
+            context.add_extra_chain_cert(certificate)
         context.set_alpn_select_callback(_select_alpn)
         return context
 

@@ -14,7 +14,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import PolicyBuilder, Store
 
 from proxy.address import Host
-from proxy.ca import BACKDATED, CA_LIFETIME, LEAF_LIFETIME, MAX_LEAVES, Authority, load_authority
+from proxy.ca import MAX_LEAVES, Authority, load_pair
+from proxy.certificate import BACKDATED, CA_LIFETIME, LEAF_LIFETIME
 from proxy.problem import UserError
 
 NOW = datetime.datetime(2030, 1, 1, 12, tzinfo=datetime.UTC)
@@ -31,7 +32,7 @@ class Clock:
 
 
 def make(folder: Path, clock: Clock | None = None) -> Authority:
-    return load_authority(folder, clock or Clock())
+    return load_pair(folder, clock or Clock())
 
 
 def test_the_first_run_makes_a_ca_and_the_next_finds_it(tmp_path: Path) -> None:
@@ -44,10 +45,10 @@ def test_the_first_run_makes_a_ca_and_the_next_finds_it(tmp_path: Path) -> None:
     assert make(folder).pem == authority.pem
 
 
-def test_the_ca_signs_leaves_and_nothing_below_them(tmp_path: Path) -> None:
+def test_the_ca_may_vouch_for_its_successor_and_nothing_below_that(tmp_path: Path) -> None:
     certificate = make(tmp_path).certificate
     constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints)
-    assert (constraints.critical, constraints.value.ca, constraints.value.path_length) == (True, True, 0)
+    assert (constraints.critical, constraints.value.ca, constraints.value.path_length) == (True, True, 1)
     usage = certificate.extensions.get_extension_for_class(x509.KeyUsage)
     assert (usage.critical, usage.value.key_cert_sign, usage.value.digital_signature) == (True, True, False)
     assert certificate.not_valid_before_utc == NOW - BACKDATED

@@ -22,9 +22,9 @@ LAYERS = {
         "yamltree"
     ),
     4: (
-        "admin audit ca embedded files follow gateway gatewaykeys guard guesses identity killswitch masterkey "
-        "metrics parent poller records registry rollback running sandboxenv settings settingvalue snapshot store "
-        "upstream vault"
+        "admin agentca audit ca certificate embedded files follow gateway gatewaykeys guard guesses identity "
+        "killswitch masterkey metrics parent poller records registry rollback rotation running sandboxenv "
+        "settings settingvalue snapshot store upstream vault"
     ),
     5: "addon cut flow lane layers peer pool runtime server strict1 tls",
     6: "__main__ check cli cligateway demo script",

@@ -380,8 +380,8 @@ def test_all_settings_are_judged_at_once(tmp_path: Path) -> None:
     ("env", "expected"),
     [
         (
-            {"SALLYPORT_VAULT": "{}"},
-            'SALLYPORT_VAULT: unknown setting\n    hint: did you mean "SALLYPORT_VAULT__LEASE"?',
+            {"SALLYPORT_VAULTLEASE": "{}"},
+            'SALLYPORT_VAULTLEASE: unknown setting\n    hint: did you mean "SALLYPORT_VAULT__LEASE"?',
         ),
         (
             {"SALLYPORT_MASTERKEY": "hunter2"},
@@ -464,6 +464,7 @@ def test_the_schema_shows_settings_as_they_are_written() -> None:
         "admin",
         "rules",
         "certs",
+        "ca",
         "state",
         "store",
         "workers",

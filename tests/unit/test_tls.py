@@ -17,8 +17,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from OpenSSL import SSL
 
 from proxy.address import Host
-from proxy.ca import Authority, load_authority
+from proxy.ca import Authority
 from proxy.problem import UserError
+from proxy.rotation import load_authority
 from proxy.tls import ClientTls, UpstreamTls, say_goodbye
 
 HOST = Host("api.test")
@@ -78,7 +79,7 @@ def client_context(authority: Authority, *protocols: str) -> ssl.SSLContext:
 @pytest.mark.parametrize("name", ["api.test", "xn--bcher-kva.test", "a_b.test", "10.0.0.1", "::1", "a" * 60 + ".test"])
 def test_a_client_that_trusts_the_ca_accepts_the_certificate(name: str, authority: Authority) -> None:
     """With Python's defaults: VERIFY_X509_STRICT among them."""
-    ours = ClientTls(authority).connection(Host.parse(name))
+    ours = ClientTls().connection(authority.leaf(Host.parse(name)))
     peer = Peer(client_context(authority), name)
     handshake(peer, ours)
     assert peer.tls.version() == "TLSv1.3"
@@ -89,7 +90,7 @@ def test_a_client_that_trusts_the_ca_accepts_the_certificate(name: str, authorit
 
 def test_it_is_a_certificate_for_that_host_alone(authority: Authority) -> None:
     with pytest.raises(ssl.SSLCertVerificationError, match=r"other\.test"):
-        handshake(Peer(client_context(authority), "other.test"), ClientTls(authority).connection(HOST))
+        handshake(Peer(client_context(authority), "other.test"), ClientTls().connection(authority.leaf(HOST)))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_it_is_a_certificate_for_that_host_alone(authority: Authority) -> None:
 )
 def test_the_client_has_its_choice_of_protocols(offered: list[str], chosen: str | None, authority: Authority) -> None:
     peer = Peer(client_context(authority, *offered), "api.test")
-    handshake(peer, ClientTls(authority).connection(HOST))
+    handshake(peer, ClientTls().connection(authority.leaf(HOST)))
     assert peer.tls.selected_alpn_protocol() == chosen
 
 
@@ -116,33 +117,33 @@ def test_an_old_version_is_refused(authority: Authority) -> None:
     context.maximum_version = ssl.TLSVersion.TLSv1_1
     context.set_ciphers("ALL:@SECLEVEL=0")
     with pytest.raises((SSL.Error, ssl.SSLError)):
-        handshake(Peer(context, "api.test"), ClientTls(authority).connection(HOST))
+        handshake(Peer(context, "api.test"), ClientTls().connection(authority.leaf(HOST)))
 
 
 def test_no_suite_without_forward_secrecy_is_taken(authority: Authority) -> None:
     context = client_context(authority)
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     peer = Peer(context, "api.test")
-    handshake(peer, ClientTls(authority).connection(HOST))
+    handshake(peer, ClientTls().connection(authority.leaf(HOST)))
     cipher = peer.tls.cipher()
     assert cipher
     assert cipher[0].startswith("ECDHE-")
     context.set_ciphers("AES128-GCM-SHA256:ECDHE-ECDSA-AES128-SHA")
     with pytest.raises((SSL.Error, ssl.SSLError)):
-        handshake(Peer(context, "api.test"), ClientTls(authority).connection(HOST))
+        handshake(Peer(context, "api.test"), ClientTls().connection(authority.leaf(HOST)))
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 def test_a_session_is_resumed(version: ssl.TLSVersion, authority: Authority) -> None:
     """The context is kept: another would not know the ticket."""
-    client_tls, context = ClientTls(authority), client_context(authority)
+    client_tls, context = ClientTls(), client_context(authority)
     context.maximum_version = version
     first = Peer(context, "api.test")
-    handshake(first, client_tls.connection(HOST))
+    handshake(first, client_tls.connection(authority.leaf(HOST)))
     with pytest.raises(ssl.SSLWantReadError):
         first.tls.read()  # TLS 1.3 sends its tickets after the handshake
     second = Peer(context, "api.test", first.tls.session)
-    handshake(second, client_tls.connection(HOST))
+    handshake(second, client_tls.connection(authority.leaf(HOST)))
     assert second.tls.session_reused
 
 
@@ -151,11 +152,11 @@ def test_a_renewed_certificate_is_shown(tmp_path: Path) -> None:
     real = datetime.datetime.now(datetime.UTC)
     now = [real - datetime.timedelta(hours=12)]
     authority = load_authority(tmp_path, lambda: now[0])
-    client_tls = ClientTls(authority)
+    client_tls = ClientTls()
 
     def serial() -> int:
         peer = Peer(client_context(authority), "api.test")
-        handshake(peer, client_tls.connection(HOST))
+        handshake(peer, client_tls.connection(authority.leaf(HOST)))
         der = peer.tls.getpeercert(binary_form=True)
         assert der
         return x509.load_der_x509_certificate(der).serial_number
@@ -169,10 +170,10 @@ def test_a_renewed_certificate_is_shown(tmp_path: Path) -> None:
 
 def test_the_contexts_kept_are_the_last_used(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.tls.MAX_LEAVES", 2)
-    client_tls = ClientTls(authority)
+    client_tls = ClientTls()
     for name in ("a.test", "b.test", "a.test", "c.test"):
-        client_tls.connection(Host(name))
-    assert [host.name for host in client_tls._contexts] == ["a.test", "c.test"]
+        client_tls.connection(authority.leaf(Host(name)))
+    assert [*client_tls._contexts] == [authority.leaf(Host("a.test")), authority.leaf(Host("c.test"))]
 
 
 # Towards upstreams
@@ -328,11 +329,11 @@ def test_a_trust_file_without_a_certificate_is_refused(tmp_path: Path) -> None:
 
 def test_the_end_is_told_to_the_peer(authority: Authority) -> None:
     """Else a cut connection and a whole answer look alike (RFC 8446 section 6.1)."""
-    peer, ours = Peer(client_context(authority), "api.test"), ClientTls(authority).connection(HOST)
+    peer, ours = Peer(client_context(authority), "api.test"), ClientTls().connection(authority.leaf(HOST))
     handshake(peer, ours)
     with pytest.raises(ssl.SSLWantReadError):
         peer.tls.read()
     say_goodbye(ours)
     _carry(peer, ours)
     assert peer.tls.read() == b""
-    say_goodbye(ClientTls(authority).connection(HOST))
+    say_goodbye(ClientTls().connection(authority.leaf(HOST)))
