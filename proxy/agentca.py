@@ -3,7 +3,6 @@ or removed. One file each, `certs/agents/ID.pem`, with key and certificate."""
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -112,18 +111,18 @@ class AgentAuthorities:
 
     def end(self, names: set[str] | None, lives: Callable[[str], bool]) -> None:
         """Delete the CAs of those in `names` (None: of all there are) who are no more. Raises UserError."""
-        paths = [_path(self._folder, name) for name in names] if names is not None else self._old_files()
-        for path in paths:
-            if not lives(path.stem):
+        for path in (self._folder / FOLDER).glob("*.pem"):
+            concerned = path.stem in names if names is not None else not self._is_new(path)
+            if concerned and not lives(path.stem):
                 self._kept.pop(path.stem, None)
                 forget(self._folder, path.stem)
 
-    def _old_files(self) -> list[Path]:
+    def _is_new(self, path: Path) -> bool:
         """A file made just now may be of an agent that was added while the list of agents was read."""
-        newest = self._clock().timestamp() - NEW
-        with contextlib.suppress(OSError):
-            return [path for path in (self._folder / FOLDER).glob("*.pem") if path.stat().st_mtime < newest]
-        return []
+        try:
+            return self._clock().timestamp() - path.stat().st_mtime < NEW
+        except OSError:
+            return True
 
 
 def _path(folder: Path, agent_id: str) -> Path:

@@ -43,6 +43,8 @@ class Rotation:
     def read(folder: Path) -> Rotation | None:
         """The rotation under way in `folder`, if there is one. Raises UserError."""
         path = folder / FILE
+        if not folder.is_dir():
+            return None
         try:
             data = json.loads(read_private(path))
             key = serialization.load_pem_private_key(data["key"].encode(), None)
