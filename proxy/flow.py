@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from mitmproxy import http
 from mitmproxy.net.http import http1
@@ -14,23 +16,28 @@ from wsproto.events import CloseConnection, Event, Ping, Pong
 from proxy.address import Host, parse_authority
 from proxy.coding import Undecodable, narrow_accept_encoding
 from proxy.exchange import Exchange, Injected
+from proxy.framing import HeaderBlock
 from proxy.outbound import Opened, edit_headers
 from proxy.policy import Answer, Edit
 from proxy.proof import Told
 from proxy.reason import Reason
 from proxy.redact import BodyRedactor, Replacer, ReplacerStream
-from proxy.request import DEFAULT_PORTS, Ambiguous, Field, RequestView, strip_headers
+from proxy.request import DEFAULT_PORTS, Ambiguous, Field, HeaderFacts, RequestView, fold, strip_headers
 from proxy.upstream import Refused
 
 STATE = "sallyport"
 MAX_CONTROL = 125  # bytes in a control frame (RFC 6455 section 5.5)
 # Of a body that may be changed: how long it is, what it is the digest of (RFC 9530), that a part can be asked for.
-NO_LONGER_TRUE = (
-    *("content-encoding", "content-length", "accept-ranges"),
-    *("content-md5", "digest", "content-digest", "repr-digest"),
+NO_LONGER_TRUE = frozenset(
+    {
+        *(b"content-encoding", b"content-length", b"accept-ranges"),
+        *(b"content-md5", b"digest", b"content-digest", b"repr-digest"),
+    }
 )
 MAX_EXPANDED = 16 * 1024 * 1024  # bytes that one read of 64 KiB may decode to
-SESSION_HEADERS = frozenset({b"accept-encoding", b"range", b"if-range"})
+# Not asked of an upstream whose answer is scanned: a part of a body could be half a secret. Host is written anew.
+SESSION_HEADERS = frozenset({b"accept-encoding", b"range", b"if-range", b"host"})
+_HOST = (b"host",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,7 @@ class FlowState:
     response_body: BodyRedactor | None = None
     client_gone: bool = False
     streamed: bool = False  # bytes of its body may have left
+    block: HeaderBlock | None = None  # where the fast lane read it
     close: bool = False  # the client wants the connection closed (RFC 9112 section 9.6)
     http10: bool = False
 
@@ -95,17 +103,19 @@ def view_of(flow: http.HTTPFlow, tunnel: Tunnel | None) -> RequestView:
         if scheme not in DEFAULT_PORTS:
             raise Refused(Reason.PROTOCOL_NOT_ALLOWED, "Only http and https URLs are forwarded.")
         host, port = _authority(state.authority, scheme)
-    headers = data.headers.fields
-    state.http10 = data.http_version == b"HTTP/1.0"
-    state.close = _closes(data.http_version, data.headers) and not flow.request.is_http2
-    hosts = [value for name, value in headers if name.lower() == b"host"]
-    if tunnel and not hosts and data.http_version == b"HTTP/1.1":
+    version = data.http_version
+    state.http10 = version == b"HTTP/1.0"
+    state.close = state.http10  # until the headers could be read
+    facts = state.block.facts if state.block else HeaderFacts.of(data.headers.fields)
+    state.close = facts.close or (state.http10 and not facts.keep) if version[:6] == b"HTTP/1" else False
+    if tunnel and not facts.hosts and version == b"HTTP/1.1":
         raise Ambiguous("it has no Host header")
-    for value in hosts:
-        _agree(value.decode("latin-1"), scheme, host, port)
-    return RequestView.parse(data.method.decode("latin-1"), scheme, host, port, data.path.decode("latin-1"), headers)
+    for value in facts.hosts:
+        _agree(value, scheme, host, port)
+    return RequestView.of(data.method.decode("latin-1"), scheme, host, port, data.path.decode("latin-1"), facts)
 
 
+@lru_cache(maxsize=512)
 def _authority(text: str, scheme: str) -> tuple[Host, int]:
     has_port = text.rpartition(":")[2].isdigit() and not text.endswith("]")
     try:
@@ -135,26 +145,45 @@ def proxy_authorization(flow: http.HTTPFlow) -> list[str]:
 def write_request(flow: http.HTTPFlow, view: RequestView, *, scanned: bool) -> None:
     """Make `flow` send `view` and nothing else. `scanned`: its response must be readable for redaction."""
     data = flow.request.data
-    headers: list[Field] = strip_headers(view.headers, [b"host"])
+    authority = view.authority.encode()
+    headers: list[Field] = [(b"Host", authority)]
+    if scanned:
+        accepted = []
+        for field in view.headers:
+            folded = fold(field[0])
+            if folded == b"accept-encoding":
+                accepted.append(field[1])
+            elif folded not in SESSION_HEADERS:
+                headers.append(field)
+        headers.append((b"Accept-Encoding", _narrowed(*accepted)))
+    else:
+        headers += strip_headers(view.headers, _HOST)
     if view.upgrade == "websocket":
         headers += [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
-    if scanned:
-        accepted = [value.decode("latin-1") for name, value in headers if name.lower() == b"accept-encoding"]
-        headers = strip_headers(headers, SESSION_HEADERS)  # a part of a body could be half a secret
-        headers.append((b"Accept-Encoding", narrow_accept_encoding(accepted).encode()))
-    authority = view.authority.encode()
     data.method, data.scheme = view.method.encode("latin-1"), view.scheme.encode()
     data.host, data.port = view.host.name, view.port
     data.path = view.path_and_query.encode("latin-1")
-    if flow.request.is_http2:
+    if data.http_version[:6] != b"HTTP/1":
+        del headers[0]
         if flow.request.headers.get("te") == "trailers":  # gRPC asks for it (RFC 9113 section 8.2.2 allows no other)
             headers.append((b"te", b"trailers"))
         data.authority = authority
     else:
         data.authority = b""
         data.http_version = b"HTTP/1.1"
-        headers.insert(0, (b"Host", authority))
-    data.headers = http.Headers(headers)
+    data.headers = fast_headers(headers)
+
+
+@lru_cache(maxsize=128)
+def _narrowed(*accepted: bytes) -> bytes:
+    return narrow_accept_encoding([value.decode("latin-1") for value in accepted]).encode()
+
+
+def fast_headers(fields: Iterable[Field]) -> http.Headers:
+    """mitmproxy's headers without its check of each name and value, which costs more than the rest of a request."""
+    headers = object.__new__(http.Headers)
+    headers.fields = tuple(fields)
+    return headers
 
 
 def note_body_injections(state: FlowState, found: Counter[str]) -> None:
@@ -211,47 +240,71 @@ def _response(status: int, headers: Iterable[Field], body: bytes) -> http.Respon
 
 def clean_response_headers(flow: http.HTTPFlow, edits: Iterable[Edit], redactor: Replacer | None) -> None:
     """Strip what is ours or of one hop, apply the rule's edits, redact values."""
-    assert flow.response
-    state, exchange = state_of(flow), state_of(flow).exchange
-    close = state.close or _closes(flow.response.http_version, flow.response.headers)
-    drop = {
-        b"connection",
-        b"proxy-authenticate",
-        b"proxy-connection",
-        b"keep-alive",
-        b"proxy-authorization",
-        b"alt-svc",
-    }
-    if flow.response.status_code != 101:
-        drop.add(b"upgrade")
-    fields = [
-        (name, b" ".join(value.split(b"\r\n")).replace(b"\n", b" ").replace(b"\r", b" "))
-        for name, value in flow.response.headers.fields
-        if name.lower() not in drop and not name.lower().startswith(b"sallyport-")
-    ]
+    response = flow.response
+    assert response
+    state, data = state_of(flow), response.data
+    upgraded = data.status_code == 101
+    fields = [field for field in data.headers.fields if _passes_back(field[0]) or (upgraded and _is_upgrade(field[0]))]
     for edit in edits:
         fields = edit_headers(fields, edit)
-    if close and not flow.request.is_http2 and flow.response.status_code != 101:
-        fields.append((b"Connection", b"close"))
-    elif flow.response.status_code == 101:
-        fields.append((b"Connection", b"Upgrade"))
-    if redactor:
+    values = b"\0".join([value for _, value in fields])
+    if b"\n" in values or b"\r" in values:
+        fields = [(name, _LINE_BREAK.sub(b" ", value)) for name, value in fields]
+    if redactor and (redactor.finds(values) or redactor.finds(data.reason)):
+        exchange = state.exchange
         fields = [(name, _redacted(value, redactor, exchange)) for name, value in fields]
-        flow.response.data.reason = _redacted(flow.response.data.reason, redactor, exchange)
-    flow.response.data.headers = http.Headers(fields)
-    _frame(flow, flow.response)
+        data.reason = _redacted(data.reason, redactor, exchange)
+    if upgraded:
+        fields.append((b"Connection", b"Upgrade"))
+    elif flow.request.data.http_version[:6] == b"HTTP/1" and (
+        state.close or (data.http_version == b"HTTP/1.0" and _closes(data.http_version, data.headers))
+    ):
+        fields.append((b"Connection", b"close"))
+    data.headers = fast_headers(fields)
+    _frame(flow, response)
+
+
+_NOT_BACK = frozenset(
+    {b"connection", b"proxy-authenticate", b"proxy-connection", b"keep-alive", b"proxy-authorization", b"alt-svc"}
+)
+_LINE_BREAK = re.compile(rb"\r\n|\r|\n")
+
+
+@lru_cache(maxsize=512)
+def _passes_back(name: bytes) -> bool:
+    """Whether a response header is for the client: not of one hop (RFC 9110 section 7.6.1) and not ours."""
+    lower = name.lower()
+    return lower not in _NOT_BACK and lower != b"upgrade" and not lower.startswith(b"sallyport-")
+
+
+def _is_upgrade(name: bytes) -> bool:
+    return name.lower() == b"upgrade"
+
+
+def _names(response: http.Response) -> set[bytes]:
+    return {name.lower() for name, _ in response.data.headers.fields}
+
+
+def _has_no_body(flow: http.HTTPFlow) -> bool:
+    response = flow.response
+    assert response
+    return flow.request.data.method.upper() == b"HEAD" or response.data.status_code in (101, 204, 304)
 
 
 def _frame(flow: http.HTTPFlow, response: http.Response) -> None:
     """A body that its upstream ends by closing is chunked: the client's connection is another one."""
-    fields = response.headers
-    if flow.request.is_http2 or flow.request.method == "HEAD" or response.status_code in (101, 204, 304):
+    if flow.request.data.http_version[:6] != b"HTTP/1" or _has_no_body(flow):
         return
     if state_of(flow).http10:
+        fields = response.headers
         if fields.pop("transfer-encoding", None) or "content-length" not in fields:
             fields["connection"] = "close"
-    elif "content-length" not in fields and "transfer-encoding" not in fields:
-        fields["transfer-encoding"] = "chunked"
+    elif _FRAMING.isdisjoint(_names(response)):
+        response.data.headers.fields += (_CHUNKED,)
+
+
+_FRAMING = frozenset({b"content-length", b"transfer-encoding"})
+_CHUNKED = (b"transfer-encoding", b"chunked")
 
 
 def clean_response_trailers(flow: http.HTTPFlow, redactor: Replacer | None) -> None:
@@ -291,17 +344,20 @@ def body_redactor(flow: http.HTTPFlow, redactor: Replacer) -> BodyRedactor | Non
     """
     response = flow.response
     assert response
-    if flow.request.method == "HEAD" or response.status_code in (101, 204, 304):
+    if _has_no_body(flow):
         return None
-    fields = response.headers
-    body = BodyRedactor(redactor, ",".join(fields.get_all("content-encoding")))
-    for name in NO_LONGER_TRUE:
-        fields.pop(name, None)
-    if state_of(flow).http10:
-        fields["connection"] = "close"
-        fields.pop("transfer-encoding", None)
-    elif not flow.request.is_http2:
-        fields["transfer-encoding"] = "chunked"
+    codings, fields = [], []
+    for field in response.data.headers.fields:
+        name = field[0].lower()
+        if name == b"content-encoding":
+            codings.append(field[1].decode("latin-1"))
+        elif name not in NO_LONGER_TRUE:
+            fields.append(field)
+    body = BodyRedactor(redactor, ",".join(codings))
+    if flow.request.data.http_version[:6] == b"HTTP/1":
+        fields = [field for field in fields if field[0].lower() not in _FRAMING]
+        fields.append((b"connection", b"close") if state_of(flow).http10 else _CHUNKED)
+    response.data.headers = fast_headers(fields)
     return body
 
 

@@ -24,7 +24,7 @@ from mitmproxy.proxy import mode_specs
 from proxy.addon import Addon
 from proxy.ca import MAX_LEAVES, Leaf
 from proxy.clienthello import MAX_HELLO, is_tls, parse_client_hello
-from proxy.flow import STATE, FlowState, Tunnel, state_of
+from proxy.flow import STATE, FlowState, Tunnel, fast_headers, state_of
 from proxy.guard import where
 from proxy.http1 import (
     CONSUMED_BODY,
@@ -381,7 +381,7 @@ class Connection:
         data = object.__new__(http.RequestData)
         data.__dict__.update(
             http_version=head.version,
-            headers=_headers(head.headers),
+            headers=fast_headers(head.headers),
             content=None,
             trailers=None,
             timestamp_start=now,
@@ -407,7 +407,7 @@ class Connection:
             _backup=None,
             marked="",
             is_replay=None,
-            metadata={STATE: FlowState(scheme.decode("latin-1"), authority.decode("latin-1"))},
+            metadata={STATE: FlowState(scheme.decode("latin-1"), authority.decode("latin-1"), block=head.block)},
             comment="",
             request=request,
         )
@@ -667,18 +667,12 @@ class Connection:
         return not self.addon.wants_close(flow)
 
 
-def _headers(fields: Iterable[tuple[bytes, bytes]]) -> http.Headers:
-    headers = object.__new__(http.Headers)
-    headers.fields = tuple(fields)
-    return headers
-
-
 def _response(head: ResponseHead) -> http.Response:
     """mitmproxy's response; the upstream's Connection is its own affair (RFC 9110 section 7.6.1)."""
     data = object.__new__(http.ResponseData)
     data.__dict__.update(
         http_version=b"HTTP/1.1",
-        headers=_headers(field for field in head.headers if field[0].lower() != b"connection"),
+        headers=fast_headers(field for field in head.headers if field[0].lower() != b"connection"),
         content=None,
         trailers=None,
         timestamp_start=0.0,

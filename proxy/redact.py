@@ -46,9 +46,13 @@ class Replacer:
         self._probes = [(head, head[:_PROBE]) for head in self._heads if len(head) > _PROBE]
         self._starts = {head[:size] for head in self._heads for size in range(1, min(_PROBE + 1, len(head)))}
 
+    def finds(self, data: bytes) -> bool:
+        """Whether any pattern is in `data`."""
+        return max(map(data.find, self._heads), default=-1) >= 0
+
     def replace(self, data: bytes) -> tuple[bytes, Counter[str]]:
         """`data`, a whole value, with all patterns replaced, and how often each label was found."""
-        if max(map(data.find, self._heads), default=-1) < 0:
+        if not self.finds(data):
             return data, Counter()
         stream = self.stream()
         return stream.feed(data) + stream.finish(), stream.found

@@ -84,21 +84,16 @@ class RequestView:
 
         Raises Ambiguous.
         """
-        if not _TOKEN.fullmatch(method.encode("latin-1", "replace")):
-            raise Ambiguous("the method is not a token")
-        fields, upgrade = _end_to_end(headers)
+        return RequestView.of(method, scheme, host, port, target, HeaderFacts.of(headers))
+
+    @staticmethod
+    def of(method: str, scheme: str, host: Host, port: int, target: str, facts: HeaderFacts) -> RequestView:
+        """The same, with headers whose facts are known.
+
+        Raises Ambiguous.
+        """
         path, query, readings = _parse_target(target)
-        return RequestView(
-            method.upper(),
-            scheme,
-            host,
-            port,
-            path,
-            query,
-            fields,
-            upgrade,
-            readings,
-        )
+        return RequestView(_method(method), scheme, host, port, path, query, facts.forwarded, facts.upgrade, readings)
 
     def retargeted(self, host: Host, port: int, target: str) -> RequestView:
         """The same request for another target.
@@ -144,6 +139,13 @@ def query_pairs(query: str) -> tuple[list[tuple[str, str]], ...]:
     return pairs, parse_qsl(query.replace("&", ";"), keep_blank_values=True, separator=";")
 
 
+@lru_cache(maxsize=64)
+def _method(method: str) -> str:
+    if not _TOKEN.fullmatch(method.encode("latin-1", "replace")):
+        raise Ambiguous("the method is not a token")
+    return method.upper()
+
+
 @lru_cache(maxsize=512)
 def fold(name: bytes) -> bytes:
     """The name of a header in the one spelling that all others are read as.
@@ -177,23 +179,51 @@ def is_own_header(name: bytes) -> bool:
     return fold(name) in _FRAMING or not is_forwarded(fold(name))
 
 
-def _end_to_end(headers: Sequence[Field]) -> tuple[tuple[Field, ...], str]:
-    """The headers that are forwarded, and which upgrade is asked for."""
-    if _BAD_VALUE.search(b"".join([value for _, value in headers])):
-        raise Ambiguous("a header value holds a control character")
-    kept, listed, upgrade = [], frozenset[bytes](), []
-    for field in headers:
-        if is_forwarded(field[0]):
-            kept.append(field)
-            if _is_authorization(field[0]) and _OF_CONNECTION.match(field[1]):
-                raise Ambiguous("it signs in a connection (Negotiate, NTLM), which agents share")
-        elif field[0].lower() == b"connection":
-            listed |= _listed(field[1])
-        elif field[0].lower() == b"upgrade":
-            upgrade.append(field[1])
-    if listed:
-        kept = [field for field in kept if fold(field[0]) not in listed]
-    return tuple(kept), b",".join(upgrade).decode("latin-1").strip().lower()
+@dataclass(frozen=True, slots=True)
+class HeaderFacts:
+    """What a request's headers say, read in one pass. `forwarded`: those that are for the origin. `upgrade`: what is
+    asked for, lower case. `hosts`: every Host. `close`: the Connection header says so; `keep`: says the opposite."""
+
+    forwarded: tuple[Field, ...]
+    upgrade: str = ""
+    hosts: tuple[str, ...] = ()
+    close: bool = False
+    keep: bool = False
+
+    @staticmethod
+    def of(headers: Sequence[Field]) -> HeaderFacts:
+        """Those of `headers`.
+
+        Raises Ambiguous.
+        """
+        if _BAD_VALUE.search(b"".join([value for _, value in headers])):
+            raise Ambiguous("a header value holds a control character")
+        kept: list[Field] = []
+        hosts, upgrade, options = [], [], []
+        for field in headers:
+            name, value = field
+            if is_forwarded(name):
+                kept.append(field)
+                if _is_authorization(name) and _OF_CONNECTION.match(value):
+                    raise Ambiguous("it signs in a connection (Negotiate, NTLM), which agents share")
+                continue
+            match name.lower():
+                case b"connection":
+                    options.append(value)
+                case b"host":
+                    hosts.append(value.decode("latin-1"))
+                case b"upgrade":
+                    upgrade.append(value)
+        if listed := frozenset[bytes]().union(*map(_listed, options)):
+            kept = [field for field in kept if fold(field[0]) not in listed]
+        said = [token.strip() for value in options for token in value.lower().split(b",")]
+        return HeaderFacts(
+            tuple(kept),
+            b",".join(upgrade).decode("latin-1").strip().lower(),
+            tuple(hosts),
+            b"close" in said,
+            b"keep-alive" in said,
+        )
 
 
 @lru_cache(maxsize=64)
@@ -206,7 +236,7 @@ def _listed(connection: bytes) -> frozenset[bytes]:
 def _parse_target(target: str) -> tuple[str, str, tuple[str, ...]]:
     raw, _, query = target.partition("?")
     path, readings = parse_path(raw or "/")
-    return path, _normal_query(query), readings
+    return path, _normal_query(query) if query else "", readings
 
 
 def _normal_query(query: str) -> str:

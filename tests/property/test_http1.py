@@ -110,16 +110,20 @@ def assert_request(data: bytes) -> None:
     if not found:
         return
     head, rest = found
-    raw = head.raw
-    if head.version == b"HTTP/1.1" and not any(name.lower() == b"host" for name, _ in head.headers):
+    assert read_request(head.raw) == (head, b"")
+    raw = data[: len(data) - len(rest)]
+    while raw.startswith(b"\r\n"):
+        raw = raw[2:]
+    headers = head.headers
+    if head.version == b"HTTP/1.1" and not any(name.lower() == b"host" for name, _ in headers):
         raw = raw[:-2] + b"host: a.test\r\n\r\n"
-        head.headers += ((b"host", b"a.test"),)
+        headers += ((b"host", b"a.test"),)
     connection = h11.Connection(h11.SERVER, max_incomplete_event_size=2 * LIMIT)
     connection.receive_data(raw)
     event = connection.next_event()
     assert isinstance(event, h11.Request)
     assert (event.method, event.target, b"HTTP/" + event.http_version) == (head.method, head.target, head.version)
-    assert list(event.headers) == fields_as_h11_has_them(head.headers)
+    assert list(event.headers) == fields_as_h11_has_them(headers)
     assert connection.client_is_waiting_for_100_continue == (head.expect and head.version == b"HTTP/1.1")
     assert_body(connection, head.length, rest)
 

@@ -352,7 +352,7 @@ def test_a_folded_value_becomes_one_line() -> None:
         ([], 304, {}, []),
         ([], 200, {"method": b"HEAD"}, []),
         ([], 200, {"version": b"HTTP/2.0"}, []),
-        ([(b"Connection", b"close")], 200, {}, [(b"Connection", b"close"), (b"transfer-encoding", b"chunked")]),
+        ([(b"Connection", b"close")], 200, {}, [(b"transfer-encoding", b"chunked")]),
     ],
 )
 def test_a_response_is_framed_for_the_clients_own_connection(
