@@ -10,7 +10,7 @@ import functools
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mitmproxy import connection, http
@@ -27,7 +27,7 @@ from proxy.ca import Leaf
 from proxy.coding import Undecodable
 from proxy.exchange import Exchange
 from proxy.flow import FlowState, Tunnel, state_of
-from proxy.gateway import Gateway
+from proxy.gateway import Gateway, NotOpen
 from proxy.guard import guarded, where
 from proxy.guesses import Guesses
 from proxy.identity import Identified, Identity
@@ -41,6 +41,7 @@ from proxy.request import Ambiguous, RequestView
 from proxy.settingvalue import Listener
 from proxy.strict1 import LATE_HEAD
 from proxy.upstream import PINNED, Refused, Upstream
+from proxy.vault import Lease
 
 if TYPE_CHECKING:
     from proxy.runtime import Runtime
@@ -98,7 +99,10 @@ class Addon:
         self.listeners: dict[int, Listener] = {}
         self.by_agent: dict[str, set[str]] = defaultdict(set)
         self._guesses = Guesses()
-        self._replacers: dict[tuple[tuple[str, bytes], ...], Replacer] = {}
+        # By where to and what is sent there; good for as long as no other credential is opened or closed.
+        self._replacers: dict[
+            tuple[str, int, tuple[tuple[str, bytes], ...]], tuple[Mapping[str, Lease] | None, Replacer | None]
+        ] = {}
 
     # Connections
 
@@ -245,26 +249,48 @@ class Addon:
         peer.open.pop(id(flow), None)
 
     @guarded(_refuse_flow)
-    async def requestheaders(self, flow: http.HTTPFlow) -> None:
-        """View, decide, meet the obligations: all that follows only carries it out."""
+    def requestheaders(self, flow: http.HTTPFlow) -> Coroutine[Any, Any, None] | None:
+        """View, decide, meet the obligations: all that follows only carries it out. What is returned has to be awaited
+        first: a credential must be asked of the store."""
         peer = self.peers[flow.client_conn.id]
-        state, exchange = state_of(flow), self._begin(flow, peer)
+        self._begin(flow, peer)
         try:
-            identified = self._identify(flow, peer)
-            exchange.agent, exchange.identity = identified.agent, identified.proofs
-            self._describe(flow, peer, exchange)
-            self._admit(peer, identified)
-            if peer.sni_mismatch:
-                raise Refused(Reason.AUTHORITY_MISMATCH)
-            state.view = view = self._view(flow, peer)
-            if flow.error:  # mitmproxy's own checks, before the hook
-                raise Refused(Reason.AMBIGUOUS_REQUEST, "its headers are malformed")
-            _fill(exchange, view)
-            assert identified.agent
-            approved = await self.gateway.approve(identified.agent, view, exchange)
+            self._decide(flow, peer, {})
+        except NotOpen as missing:
+            return self._open_and_decide(flow, peer, missing.name)
         except Refused as refused:
             self.refuse(flow, refused)
-            return
+        return None
+
+    async def _open_and_decide(self, flow: http.HTTPFlow, peer: Peer, name: str) -> None:
+        leases: dict[str, Lease] = {}
+        try:
+            while name:
+                leases[name] = await self.gateway.open(name)
+                try:
+                    self._decide(flow, peer, leases)
+                    name = ""
+                except NotOpen as missing:
+                    name = missing.name
+        except Refused as refused:
+            self.refuse(flow, refused)
+
+    def _decide(self, flow: http.HTTPFlow, peer: Peer, leases: Mapping[str, Lease]) -> None:
+        state = state_of(flow)
+        exchange = state.exchange
+        assert exchange
+        identified = self._identify(flow, peer)
+        exchange.agent, exchange.identity = identified.agent, identified.proofs
+        self._describe(flow, peer, exchange)
+        self._admit(peer, identified)
+        if peer.sni_mismatch:
+            raise Refused(Reason.AUTHORITY_MISMATCH)
+        state.view = view = self._view(flow, peer)
+        if flow.error:  # mitmproxy's own checks, before the hook
+            raise Refused(Reason.AMBIGUOUS_REQUEST, "its headers are malformed")
+        _fill(exchange, view)
+        assert identified.agent
+        approved = self.gateway.approve(identified.agent, view, exchange, leases)
         if approved.answer:
             state.answered = True
             flow.response = flows.answer(approved.answer)
@@ -274,7 +300,10 @@ class Addon:
         state.redactor = self._redactor(target, secrets_sent(outbound))
         state.response_edits = approved.response_edits
         # One for all requests under way to a place: its failure is told to each of them.
-        dial = peer.dials.setdefault((target.host.name, target.port), Dial(target.host, approved.private))
+        place = target.host.name, target.port
+        dial = peer.dials.get(place)
+        if dial is None:
+            dial = peer.dials[place] = Dial(target.host, approved.private)
         dial.private = approved.private
         flows.write_request(flow, target, scanned=state.redactor is not None)
         if outbound.body:
@@ -408,8 +437,7 @@ class Addon:
             exchange.response_bytes += len(message.content)
             if state.redactor:
                 message.content, found = state.redactor.replace(message.content)
-                for credential, times in found.items():
-                    exchange.redacted[credential, "websocket"] += times
+                exchange.count_redacted(found, "websocket")
         flow.websocket.messages[:] = [message]
 
     @guarded(_cut_flow)
@@ -469,7 +497,7 @@ class Addon:
         if refused.limit and refused.rule:
             self.runtime.metrics.limit_exceeded(exchange.agent_id, refused.rule.name, refused.limit)
         exchange.status = refused.reason.status
-        exchange.injected, state.decided, state.answered = [], False, True
+        exchange.injected, state.decided, state.answered = (), False, True
         flow.request.stream = False
         flow.response = flows.refusal(refused, exchange, state.view)
         if flow.request.method == "CONNECT":
@@ -561,19 +589,19 @@ class Addon:
 
     def _redactor(self, view: RequestView, sent: tuple[tuple[str, bytes], ...]) -> Replacer | None:
         """What must not come back: what was sent now, and whatever else is open that this host may know."""
-        open_ones = ((lease.name, lease.secret) for lease in self.runtime.leased() if lease.grant.covers_host(view))
-        known = secrets_known(open_ones)
-        key = tuple(sorted({*sent, *known}))
-        if not key:
-            return None
-        replacer = self._replacers.get(key)
-        if replacer is None:
-            secrets: dict[str, list[bytes]] = {}
-            for name, value in key:
-                secrets.setdefault(name, []).append(value)
-            if len(self._replacers) > 64:
-                self._replacers.clear()
-            replacer = self._replacers[key] = secret_replacer(secrets)
+        leased = self.runtime.leased()
+        key = view.host.name, view.port, sent
+        known, replacer = self._replacers.get(key, (None, None))
+        if known is leased:
+            return replacer
+        secrets: dict[str, set[bytes]] = {}
+        open_ones = ((lease.name, lease.secret) for lease in leased.values() if lease.grant.covers_host(view))
+        for name, value in (*sent, *secrets_known(open_ones)):
+            secrets.setdefault(name, set()).add(value)
+        if len(self._replacers) >= 256:
+            self._replacers.clear()
+        replacer = secret_replacer(secrets) if secrets else None
+        self._replacers[key] = leased, replacer
         return replacer
 
     def _record(self, flow: http.HTTPFlow) -> None:
@@ -588,8 +616,7 @@ class Addon:
         state.recorded = True
         exchange.duration = max(0.0, self.runtime.clock() - exchange.time)
         if state.response_body:
-            for credential, times in state.response_body.found.items():
-                exchange.redacted[credential, "body"] += times
+            exchange.count_redacted(state.response_body.found, "body")
         if not exchange.status and flow.response:
             exchange.status = flow.response.status_code
         if state.answered and flow.response:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
 from proxy.agent import Agent
 from proxy.reason import Reason
+
+_NONE: Mapping[tuple[str, str], int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,8 @@ class Exchange:
     rule_at: str = ""
     policy: str = ""
     rewritten: bool = False
-    injected: list[Injected] = field(default_factory=list)
-    redacted: Counter[tuple[str, str]] = field(default_factory=Counter)  # (credential, header|body|...) -> times
+    injected: Sequence[Injected] = ()
+    redacted: Mapping[tuple[str, str], int] = _NONE  # (credential, header|body|...) -> times
     status: int = 0
     request_bytes: int = 0
     response_bytes: int = 0
@@ -54,6 +57,14 @@ class Exchange:
     def verdict(self) -> str:
         """`allow` or `block`, as metrics, audit and refusals spell it."""
         return "allow" if self.allowed else "block"
+
+    def count_redacted(self, found: Mapping[str, int], where: str) -> None:
+        """Secrets of these credentials were taken out so many times."""
+        if found:
+            counts = dict(self.redacted)
+            for credential, times in found.items():
+                counts[credential, where] = counts.get((credential, where), 0) + times
+            self.redacted = counts
 
     @property
     def agent_id(self) -> str:

@@ -189,11 +189,14 @@ def fast_headers(fields: Iterable[Field]) -> http.Headers:
 def note_body_injections(state: FlowState, found: Counter[str]) -> None:
     """Put on record which credentials replaced a placeholder in the body."""
     assert state.exchange
-    state.exchange.injected += [
-        Injected(opened.name, opened.version, "placeholder:body")
-        for opened in state.body_credentials
-        if found[opened.name]
-    ]
+    state.exchange.injected = (
+        *state.exchange.injected,
+        *[
+            Injected(opened.name, opened.version, "placeholder:body")
+            for opened in state.body_credentials
+            if found[opened.name]
+        ],
+    )
 
 
 def refusal(refused: Refused, exchange: Exchange, view: RequestView | None, *, http2: bool = False) -> http.Response:
@@ -332,8 +335,7 @@ def clean_control_frame(flow: http.HTTPFlow, event: Event) -> Event:
 def _redacted(value: bytes, redactor: Replacer, exchange: Exchange | None, where: str = "header") -> bytes:
     value, found = redactor.replace(value)
     if exchange:
-        for credential, times in found.items():
-            exchange.redacted[credential, where] += times
+        exchange.count_redacted(found, where)
     return value
 
 

@@ -3,37 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from proxy.agent import Agent
 from proxy.exchange import Exchange
-from proxy.outbound import InjectionError, Opened, Outbound, inject
+from proxy.outbound import InjectionError, Outbound, inject
 from proxy.plan import Plan, make_plan
-from proxy.policy import Answer, Edit, Policy, Rule
+from proxy.policy import Answer, Edit, Policy, Rule, Verdict
 from proxy.reason import Reason
 from proxy.request import RequestView
 from proxy.upstream import Refused
-from proxy.vault import CredentialScope, CredentialUnavailable, Vault
+from proxy.vault import CredentialScope, CredentialUnavailable, Lease, Vault
 
 
 @dataclass(frozen=True, slots=True)
 class Approved:
-    """What may happen: `answer` is given here, or `outbound` is sent. `rules` are those whose obligations hold."""
+    """What may happen: `answer` is given here, or `outbound` is sent. `rules` are those whose obligations hold;
+    `private`: one of them narrows the upstream to private addresses."""
 
     outbound: Outbound
     rules: tuple[Rule, ...]
     answer: Answer | None = None
+    private: bool = False
+    response_edits: tuple[Edit, ...] = ()
 
-    @property
-    def private(self) -> bool:
-        """Whether a rule narrows the upstream to private addresses."""
-        return any(rule.private for rule in self.rules)
 
-    @property
-    def response_edits(self) -> tuple[Edit, ...]:
-        """Changes to the response's headers."""
-        return tuple(rule.response_headers for rule in self.rules if rule.response_headers)
+class NotOpen(Exception):
+    """A credential must be opened first, which needs the store."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(name)
 
 
 class Gateway:
@@ -44,10 +45,12 @@ class Gateway:
         self.vault: Vault | None = None
         self.clock = clock
 
-    async def approve(self, agent: Agent, view: RequestView, exchange: Exchange) -> Approved:
-        """What is done with `view` for `agent`; fills in the exchange.
+    def approve(
+        self, agent: Agent, view: RequestView, exchange: Exchange, leases: Mapping[str, Lease] | None = None
+    ) -> Approved:
+        """What is done with `view` for `agent`; fills in the exchange. `leases`: credentials opened for it.
 
-        Raises Refused.
+        Raises Refused, and NotOpen: call again with the lease that `open` gives.
         """
         started = time.perf_counter()
         try:
@@ -58,32 +61,53 @@ class Gateway:
             plan = self._plan(policy, agent, view, exchange)
         finally:
             exchange.decision_duration = time.perf_counter() - started
-        outbound = Outbound(plan.view) if plan.answer else await self._inject(agent, Outbound(plan.view), plan.rules)
-        exchange.rewritten = plan.view is not view
-        exchange.injected = list(outbound.injected)
+        sent, answer, private = plan.view, plan.answer, False
+        outbound, edits = Outbound(sent), list[Edit]()
+        for rule in plan.rules:
+            if rule.inject and not answer:
+                outbound = self._inject(agent, outbound, rule, leases or {})
+            if rule.response_headers:
+                edits.append(rule.response_headers)
+            private = private or rule.private
+        exchange.rewritten = sent is not view
+        exchange.injected = outbound.injected
         exchange.allowed, exchange.reason = True, Reason.ALLOWED
-        return Approved(outbound, plan.rules, plan.answer)
+        return Approved(outbound, plan.rules, answer, private, tuple(edits))
+
+    async def open(self, name: str) -> Lease:
+        """The credential that `NotOpen` named.
+
+        Raises Refused.
+        """
+        if self.vault is None:
+            raise Refused(Reason.CREDENTIAL_UNAVAILABLE)
+        try:
+            return await self.vault.open(name)
+        except CredentialUnavailable:
+            raise Refused(Reason.CREDENTIAL_UNAVAILABLE) from None
 
     @staticmethod
     def _plan(policy: Policy, agent: Agent, view: RequestView, exchange: Exchange) -> Plan:
         plan = make_plan(policy, agent, view)
-        if plan.rule:
-            exchange.rule, exchange.rule_at = plan.rule.name, plan.rule.at
-        if not plan.decision.allowed:
-            raise Refused(plan.decision.reason, plan.decision.detail, plan.decision)
+        if rule := plan.rule:
+            exchange.rule, exchange.rule_at = rule.name, rule.at
+        decision = plan.decision
+        if decision.verdict is not Verdict.ALLOW:
+            raise Refused(decision.reason, decision.detail, decision)
         return plan
 
-    async def _inject(self, agent: Agent, outbound: Outbound, rules: tuple[Rule, ...]) -> Outbound:
-        for rule in rules:
-            for injection in rule.inject:
-                if self.vault is None:
-                    raise Refused(Reason.CREDENTIAL_UNAVAILABLE)
-                try:
-                    lease = await self.vault.lease(injection.credential, agent, outbound.view, self.clock())
-                    opened = Opened(lease.name, lease.version, lease.kind, lease.fields, lease.secret)
-                    outbound = inject(outbound, injection, opened)
-                except CredentialScope:
-                    raise Refused(Reason.CREDENTIAL_SCOPE) from None
-                except (CredentialUnavailable, InjectionError, KeyError):
-                    raise Refused(Reason.CREDENTIAL_UNAVAILABLE) from None
+    def _inject(self, agent: Agent, outbound: Outbound, rule: Rule, leases: Mapping[str, Lease]) -> Outbound:
+        if self.vault is None:
+            raise Refused(Reason.CREDENTIAL_UNAVAILABLE)
+        for injection in rule.inject:
+            lease = leases.get(injection.credential) or self.vault.cached(injection.credential)
+            if lease is None:
+                raise NotOpen(injection.credential)
+            try:
+                self.vault.check(lease, agent, outbound.view, self.clock())
+                outbound = inject(outbound, injection, lease)
+            except CredentialScope:
+                raise Refused(Reason.CREDENTIAL_SCOPE) from None
+            except (InjectionError, KeyError):
+                raise Refused(Reason.CREDENTIAL_UNAVAILABLE) from None
         return outbound

@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 _log = logging.getLogger("sallyport")
@@ -39,12 +39,20 @@ def guarded(refuse: Callable[[Any, Any], None]) -> Callable[[Callable[..., Any]]
 
             return awaited
 
-        @functools.wraps(hook)
-        def called(self: Any, data: Any) -> None:
+        async def finished(self: Any, data: Any, rest: Coroutine[Any, Any, None]) -> None:
             try:
-                hook(self, data)
+                await rest
             except Exception as error:
                 failed(self, data, error)
+
+        @functools.wraps(hook)
+        def called(self: Any, data: Any) -> Coroutine[Any, Any, None] | None:
+            try:
+                rest = hook(self, data)
+                return finished(self, data, rest) if rest is not None else None
+            except Exception as error:
+                failed(self, data, error)
+                return None
 
         return called
 

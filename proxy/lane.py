@@ -421,7 +421,9 @@ class Connection:
             flow = self._flow(head, absolute[1].lower(), absolute[2], path)
         else:
             flow = self._flow(head, b"", b"", head.target)
-        await Strand.finish(self.addon.requestheaders(flow))
+        waits = self.addon.requestheaders(flow)
+        if waits is not None:
+            await Strand.finish(waits)
         body = Body(head.length)
         if flow.response:
             return await self._refuse(flow, head, body)

@@ -24,7 +24,7 @@ class InjectionError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What injecting needs of a leased credential."""
+    """What injecting needs of a credential that is open."""
 
     name: str
     version: int
@@ -138,11 +138,11 @@ def _cookies(view: RequestView, without: str) -> Iterator[bytes]:
 
 
 def _with(outbound: Outbound, view: RequestView, opened: Opened, location: str, *forms: bytes) -> Outbound:
-    return replace(
-        outbound,
-        view=view,
-        injected=(*outbound.injected, Injected(opened.name, opened.version, location)),
-        sent=(*outbound.sent, *((opened.name, form) for form in forms)),
+    return Outbound(
+        view,
+        (*outbound.injected, Injected(opened.name, opened.version, location)),
+        (*outbound.sent, *[(opened.name, form) for form in forms]),
+        outbound.body,
     )
 
 
@@ -150,8 +150,8 @@ def _set_header(outbound: Outbound, opened: Opened, name: str, value: bytes, *fo
     spelling = name.encode("latin-1")
     if is_own_header(spelling):
         raise InjectionError("the header is the proxy's own")
-    headers = (*strip_headers(outbound.view.headers, [spelling]), (spelling, value))
-    return _with(outbound, replace(outbound.view, headers=headers), opened, f"header:{name.lower()}", *forms)
+    headers = (*strip_headers(outbound.view.headers, (spelling,)), (spelling, value))
+    return _with(outbound, outbound.view.with_headers(headers), opened, f"header:{name.lower()}", *forms)
 
 
 def placeholder_of(opened_name: str, options: Mapping[str, str]) -> str:

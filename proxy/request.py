@@ -103,6 +103,12 @@ class RequestView:
         path, query, readings = _parse_target(target)
         return replace(self, host=host, port=port, path=path, query=query, readings=readings)
 
+    def with_headers(self, headers: tuple[Field, ...]) -> RequestView:
+        """The same request with other headers."""
+        return RequestView(
+            self.method, self.scheme, self.host, self.port, self.path, self.query, headers, self.upgrade, self.readings
+        )
+
     @property
     def authority(self) -> str:
         """The host, with its port where that is not the scheme's own (RFC 9110 section 4.2.3)."""
@@ -366,5 +372,5 @@ def parse_path_pattern(text: str) -> str:
 
 def strip_headers(headers: Iterable[Field], names: Iterable[bytes]) -> list[Field]:
     """`headers` without any spelling of `names`."""
-    folded = {fold(name) for name in names}
+    folded = [fold(name) for name in names]
     return [field for field in headers if fold(field[0]) not in folded]

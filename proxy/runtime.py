@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -182,9 +182,9 @@ class Runtime:
         some = None if names is None or EVERYBODY in names else names
         await asyncio.to_thread(self.agent_authorities.end, some, lives)
 
-    def leased(self) -> Iterable[Lease]:
-        """The credentials that are open now."""
-        return self.vault.leased() if self.vault else ()
+    def leased(self) -> Mapping[str, Lease]:
+        """The credentials that are open, or were until lately: another object after each change."""
+        return self.vault.leased() if self.vault else {}
 
     def status(self) -> Status:
         """What `/readyz` and `/api/status` say."""

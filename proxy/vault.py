@@ -16,6 +16,7 @@ from pathlib import Path
 from proxy.agent import Agent
 from proxy.credential import check_kind, check_secret, parse_name
 from proxy.grant import Grant
+from proxy.outbound import Opened
 from proxy.problem import UserError
 from proxy.records import TABLE, Records, is_gateway
 from proxy.request import RequestView
@@ -35,15 +36,10 @@ class CredentialScope(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(Opened):
     """A credential opened until `until` (monotonic seconds)."""
 
-    name: str
-    version: int
-    kind: str
-    fields: Mapping[str, str]
     grant: Grant
-    secret: Secret
     until: float
 
 
@@ -129,31 +125,35 @@ class Vault:
 
     # For the proxy
 
-    async def lease(self, name: str, agent: Agent, view: RequestView, now: float) -> Lease:
-        """The credential, opened for `agent` and the request as it will be sent, at `now` (Unix seconds).
+    async def open(self, name: str) -> Lease:
+        """The credential, opened.
 
-        Raises CredentialUnavailable, CredentialScope.
+        Raises CredentialUnavailable.
         """
         try:
-            lease = self.cached(name) or await self._renew(name)
+            return self.cached(name) or await self._renew(name)
         except CredentialUnavailable:
             self._count("lease", "unavailable")
             raise
+
+    def check(self, lease: Lease, agent: Agent, view: RequestView, now: float) -> None:
+        """Whether `agent` may use it for the request as it will be sent, at `now` (Unix seconds).
+
+        Raises CredentialScope.
+        """
         refusal = lease.grant.refusal(agent, view, now)
         self._count("lease", "denied" if refusal else "ok")
         if refusal:
             raise CredentialScope(refusal)
-        return lease
 
     def cached(self, name: str) -> Lease | None:
         """The credential if it is open now; no round trip, and no check of its grant."""
         lease = self._leases.get(name)
         return lease if lease and lease.until > self._monotonic() else None
 
-    def leased(self) -> Iterable[Lease]:
-        """Every credential that is open now."""
-        now = self._monotonic()
-        return [lease for lease in self._leases.values() if lease.until > now]
+    def leased(self) -> Mapping[str, Lease]:
+        """Every credential that is open, or was until lately: another object after each change."""
+        return self._leases
 
     def keep_for(self, agents: Collection[str]) -> None:
         """Forgets every credential that none of these agents may use."""
@@ -182,15 +182,17 @@ class Vault:
     # Inside
 
     def _forget(self, names: Iterable[str]) -> None:
-        for name in names:
-            self._leases.pop(name, None)
+        gone = set(names)
+        if not gone.isdisjoint(self._leases):
+            self._leases = {name: lease for name, lease in self._leases.items() if name not in gone}
 
     async def _renew(self, name: str) -> Lease:
         async with self._locks[name]:  # one look at the store, however many requests wait for it
             lease = self.cached(name)
             while lease is None or self._records.outdated(name, lease.version):
                 lease = await self._ask(name)
-            self._leases = {other.name: other for other in self.leased()} | {name: lease}
+            now = self._monotonic()
+            self._leases = {key: other for key, other in self._leases.items() if other.until > now} | {name: lease}
             return lease
 
     async def _ask(self, name: str) -> Lease:
@@ -213,7 +215,7 @@ class Vault:
             raise CredentialUnavailable(f"the credential {name} cannot be opened: {error}") from None
         self._count("open", "ok")
         until = self._monotonic() + self._lease_seconds
-        return Lease(name, record.version, record.kind, record.fields, grant, opened.secret, until)
+        return Lease(name, record.version, record.kind, record.fields, opened.secret, grant, until)
 
     async def _change(self, operation: str, name: str, work: Awaitable[int]) -> int:
         version = await self._counted(operation, work)

@@ -20,6 +20,6 @@ def test_an_exchange_tells_its_agent_and_verdict() -> None:
 
 def test_exchanges_share_nothing() -> None:
     one, other = Exchange("1", 0.0, "", ""), Exchange("2", 0.0, "", "")
-    one.redacted["key", "body"] += 1
-    assert other.redacted == {}
-    assert one.injected is not other.injected
+    one.count_redacted({"key": 1}, "body")
+    one.count_redacted({"key": 2}, "body")
+    assert (one.redacted, other.redacted) == ({("key", "body"): 3}, {})

@@ -244,7 +244,7 @@ def test_placeholders_found_in_a_body_go_on_record() -> None:
     state.body_credentials = tuple(Opened(name, 2, "placeholder", {}, Secret(b"x")) for name in ("one", "two"))
     note_body_injections(state, Counter({"two": 3}))
     assert state.exchange
-    assert state.exchange.injected == [Injected("two", 2, "placeholder:body")]
+    assert state.exchange.injected == (Injected("two", 2, "placeholder:body"),)
 
 
 # Refusals and answers

@@ -11,18 +11,19 @@ import pytest
 
 from proxy.agent import Agent, AgentState
 from proxy.exchange import Exchange, Injected
-from proxy.gateway import Approved, Gateway
+from proxy.gateway import Approved, Gateway, NotOpen
 from proxy.grant import Grant
 from proxy.outbound import secrets_sent
 from proxy.policy import Policy
 from proxy.reason import Reason
+from proxy.request import RequestView
 from proxy.rulefile import load_policy
 from proxy.sealing import MasterKey
 from proxy.secret import Secret
 from proxy.store import Store
 from proxy.upstream import Refused
 from proxy.url import parse_url, url_of
-from proxy.vault import Vault
+from proxy.vault import Lease, Vault
 
 NOW = 1_000.0
 AGENT = Agent("coder-1", state=AgentState.ACTIVE)
@@ -70,6 +71,15 @@ def new_exchange() -> Exchange:
     return Exchange("id", NOW, "listener", "client")
 
 
+async def approve(gateway: Gateway, agent: Agent, view: RequestView, exchange: Exchange) -> Approved:
+    leases: dict[str, Lease] = {}
+    while True:
+        try:
+            return gateway.approve(agent, view, exchange, leases)
+        except NotOpen as missing:
+            leases[missing.name] = await gateway.open(missing.name)
+
+
 class World:
     """A gateway before a vault, and an exchange."""
 
@@ -80,14 +90,14 @@ class World:
 
     async def approved(self, url: str, method: str = "GET") -> Approved:
         self.exchange = new_exchange()
-        return await self.gateway.approve(AGENT, parse_url(method, url), self.exchange)
+        return await approve(self.gateway, AGENT, parse_url(method, url), self.exchange)
 
     async def refused(self, url: str, agent: Agent = AGENT, method: str = "GET") -> Refused:
         self.exchange = new_exchange()
         with pytest.raises(Refused) as refused:
-            await self.gateway.approve(agent, parse_url(method, url), self.exchange)
+            await approve(self.gateway, agent, parse_url(method, url), self.exchange)
         assert not self.exchange.allowed
-        assert self.exchange.injected == []
+        assert self.exchange.injected == ()
         return refused.value
 
 
@@ -115,7 +125,7 @@ def test_what_a_rule_allows_goes_out_as_it_is(tmp_path: Path) -> None:
         exchange = world.exchange
         assert (exchange.allowed, exchange.reason, exchange.rule) == (True, Reason.ALLOWED, "plain")
         assert exchange.rule_at == "rules.yaml:4"
-        assert (exchange.policy, exchange.rewritten, exchange.injected) == (POLICY.digest, False, [])
+        assert (exchange.policy, exchange.rewritten, exchange.injected) == (POLICY.digest, False, ())
         assert 0 < exchange.decision_duration < 1
 
     in_world(tmp_path, story)
@@ -150,7 +160,7 @@ def test_a_credential_is_added_and_on_record(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         approved = await world.approved("https://api.test/v1")
         assert approved.outbound.view.headers == ((b"authorization", b"Bearer s3cret"),)
-        assert world.exchange.injected == [Injected("api", 1, "header:authorization")]
+        assert world.exchange.injected == (Injected("api", 1, "header:authorization"),)
         assert secrets_sent(approved.outbound) == (("api", b"s3cret"),)
         assert "s3cret" not in repr(world.exchange)
 
@@ -215,7 +225,7 @@ def test_an_answer_of_a_rule_needs_no_vault(tmp_path: Path) -> None:
         approved = await world.approved("https://answer.test/")
         assert approved.answer
         assert approved.answer.status == 204
-        assert world.exchange.injected == []
+        assert world.exchange.injected == ()
 
     in_world(tmp_path, story)
 

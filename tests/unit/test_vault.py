@@ -66,7 +66,10 @@ class World:
 
     async def leased(self, name: str = "github", vault: Vault | None = None) -> bytes:
         """The plaintext of a lease for the usual agent and request."""
-        return (await (vault or self.vault).lease(name, AGENT, VIEW, self.now)).secret.reveal()
+        vault = vault or self.vault
+        lease = await vault.open(name)
+        vault.check(lease, AGENT, VIEW, self.now)
+        return lease.secret.reveal()
 
 
 def in_world(tmp_path: Path, story: Callable[[World], Awaitable[None]]) -> None:
@@ -86,7 +89,8 @@ def test_a_credential_is_put_and_leased(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         fields = {"name": "x-key", "value": "Token {secret}"}
         assert await world.vault.put("github", "header", fields, Secret(b"s3cret"), GRANT) == 1
-        lease = await world.vault.lease("github", AGENT, VIEW, NOW)
+        lease = await world.vault.open("github")
+        world.vault.check(lease, AGENT, VIEW, NOW)
         assert (lease.name, lease.version, lease.kind, lease.fields) == ("github", 1, "header", fields)
         assert lease.secret == Secret(b"s3cret")
         assert lease.grant == GRANT
@@ -125,8 +129,9 @@ def test_what_is_wrong_is_refused_before_anything_is_stored(tmp_path: Path) -> N
 def test_the_grant_refuses_whatever_policy_said(tmp_path: Path, agent: str, view: RequestView, now: float) -> None:
     async def story(world: World) -> None:
         await world.put()
+        lease = await world.vault.open("github")
         with pytest.raises(CredentialScope):
-            await world.vault.lease("github", Agent(agent), view, now)
+            world.vault.check(lease, Agent(agent), view, now)
         assert world.counts["lease", "denied"] == 1
 
     in_world(tmp_path, story)
@@ -136,10 +141,12 @@ def test_the_grant_is_checked_again_on_an_open_lease(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await world.put()
         assert await world.leased() == b"s3cret"
+        lease = world.vault.cached("github")
+        assert lease
         with pytest.raises(CredentialScope):
-            await world.vault.lease("github", AGENT, VIEW, 2_000.0)
+            world.vault.check(lease, AGENT, VIEW, 2_000.0)
         with pytest.raises(CredentialScope):
-            await world.vault.lease("github", Agent("stranger"), VIEW, NOW)
+            world.vault.check(lease, Agent("stranger"), VIEW, NOW)
 
     in_world(tmp_path, story)
 
@@ -232,7 +239,6 @@ def test_a_lease_needs_no_store_until_it_ends(tmp_path: Path) -> None:
         assert world.vault.cached("github") is not None
         world.elapsed = 60.0
         assert world.vault.cached("github") is None
-        assert list(world.vault.leased()) == []
         with pytest.raises(CredentialUnavailable, match="store"):
             await world.leased()
 
@@ -265,7 +271,11 @@ def test_what_is_open_is_told_for_redaction(tmp_path: Path) -> None:
         await world.put(name="a")
         await world.put(name="b")
         await world.leased("a")
-        assert [lease.name for lease in world.vault.leased()] == ["a"]
+        known = world.vault.leased()
+        assert list(known) == ["a"]
+        assert world.vault.leased() is known
+        await world.leased("b")
+        assert world.vault.leased() is not known
 
     in_world(tmp_path, story)
 
