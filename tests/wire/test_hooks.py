@@ -26,7 +26,7 @@ rules:
 BEFORE = ("client_connected", "http_connect", "requestheaders", "request")
 BEFORE_MITMPROXY = ("next_layer", "tls_clienthello", "tls_start_client", "server_connect", "tls_start_server")
 BEFORE_INNER = ("addon:Addon._identify", "flow:view_of", "flow:write_request", "gateway:Gateway.approve")
-BEFORE_INNER += ("vault:Vault.lease", "upstream:Upstream.addresses")
+BEFORE_INNER += ("vault:Vault.open", "vault:Vault.check", "upstream:Upstream.addresses")
 AFTER = ("responseheaders", "flow:clean_response_headers", "redact:BodyRedactor.feed", "redact:BodyRedactor.finish")
 LAST = ("response", "client_disconnected", "addon:Addon._record", "metrics:Metrics.record", "audit:Audit.record")
 
