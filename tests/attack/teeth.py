@@ -45,8 +45,8 @@ TEETH: tuple[Tooth, ...] = (
     Tooth(
         "host-header",
         "flow.py",
-        """        _agree(value.decode("latin-1"), scheme, host, port)\n""",
-        """        _authority(value.decode("latin-1"), scheme)\n""",
+        """        _agree(value, scheme, host, port)\n""",
+        """        _authority(value, scheme)\n""",
         "test_authority.py -k another_authority",
     ),
     # Identity
