@@ -49,13 +49,6 @@ def make_plan(policy: Policy, agent: Agent, view: RequestView) -> Plan:
     A new destination is decided as a new request. A changed path, query or header is still the rule's own, unless a
     block rule forbids it.
     """
-    decision = decide(policy, agent, view)
-    if decision.rule is None or not decision.allowed or decision.rule.rewrite is None:
-        return Plan(decision, (view,), (decision.rule,) if decision.allowed and decision.rule else ())
-    return _follow(policy, agent, view)
-
-
-def _follow(policy: Policy, agent: Agent, view: RequestView) -> Plan:
     views, rules = [view], list[Rule]()
     first: Decision | None = None
     while True:
