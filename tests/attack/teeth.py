@@ -81,7 +81,7 @@ TEETH: tuple[Tooth, ...] = (
     Tooth(
         "shared-sign-in",
         "request.py",
-        "if _is_authorization(field[0]) and _OF_CONNECTION.match(field[1]):",
+        "if _is_authorization(name) and _OF_CONNECTION.match(value):",
         "if False:",
         "test_identity.py -k signs_in",
     ),
