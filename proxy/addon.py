@@ -27,6 +27,7 @@ from proxy.ca import Leaf
 from proxy.coding import Undecodable
 from proxy.exchange import Exchange
 from proxy.flow import FlowState, Tunnel, state_of
+from proxy.frames import FrameBudget
 from proxy.gateway import Gateway, NotOpen
 from proxy.guard import guarded, where
 from proxy.guesses import Guesses
@@ -39,7 +40,8 @@ from proxy.reason import Reason
 from proxy.redact import Replacer, secret_replacer
 from proxy.request import Ambiguous, RequestView
 from proxy.settingvalue import Listener
-from proxy.strict1 import LATE_HEAD
+from proxy.strict1 import LATE_HEAD, StrictServer
+from proxy.strict2 import StrictServer2
 from proxy.upstream import PINNED, Refused, Upstream
 from proxy.vault import Lease
 
@@ -103,6 +105,7 @@ class Addon:
         self._replacers: dict[
             tuple[str, int, tuple[tuple[str, bytes], ...]], tuple[Mapping[str, Lease] | None, Replacer | None]
         ] = {}
+        self._frame_budget = functools.lru_cache(maxsize=4096)(lambda _agent: FrameBudget())
 
     # Connections
 
@@ -150,7 +153,13 @@ class Addon:
 
     def http_layer(self, context: Any, mode: http_layers.HTTPMode) -> HttpLayer:
         """The HTTP layer of a connection or tunnel."""
-        return HttpLayer(context, mode, self.runtime.settings.limits.headers, self.refuse_head)
+        limit = self.runtime.settings.limits.headers
+        if context.client.alpn == b"h2":
+            tunnel = self.tunnel_of(context.client)
+            assert tunnel
+            budget = self._frame_budget(tunnel.agent_id)
+            return HttpLayer(context, mode, lambda inner: StrictServer2(inner, limit, budget, self.refuse_flood))
+        return HttpLayer(context, mode, lambda inner: StrictServer(inner, limit, self.refuse_head))
 
     @guarded(_cut_tls)
     def tls_clienthello(self, data: ClientHelloData) -> None:
@@ -520,14 +529,22 @@ class Addon:
 
     def refuse_tunnel(self, client: connection.Client, reason: Reason = Reason.PROTOCOL_NOT_ALLOWED) -> None:
         """Record that no TLS followed a CONNECT, or none that came about."""
+        self._cut_short(client, "CONNECT", reason)
+
+    def refuse_flood(self, client: connection.Client) -> None:
+        """Record that a client was cut off for flooding its HTTP/2 connection."""
+        agent = self._cut_short(client, "", Reason.LIMIT_EXCEEDED)
+        self.runtime.metrics.limit_exceeded(agent, "", "http2")
+
+    def _cut_short(self, client: connection.Client, method: str, reason: Reason) -> str:
         peer = self.peers[client.id]
         exchange = self._exchange(peer)
-        exchange.method, exchange.reason = "CONNECT", reason
-        exchange.status = exchange.reason.status
+        exchange.method, exchange.reason, exchange.status = method, reason, reason.status
         if peer.tunnel:
             exchange.agent, exchange.identity = self.runtime.registry.by_id(peer.tunnel.agent_id), peer.tunnel.proofs
             exchange.host, exchange.port, exchange.scheme = peer.tunnel.host.name, peer.tunnel.port, "https"
         self.runtime.record(exchange)
+        return exchange.agent_id
 
     def _exchange(self, peer: Peer) -> Exchange:
         now = self.runtime.clock()

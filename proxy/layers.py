@@ -1,6 +1,7 @@
 """mitmproxy's layers made strict: what may follow a CONNECT, one request, and the connections that carry requests.
 
-No policy lives here; each class mends what is written beside it. HTTP/1 as bytes is in `strict1`.
+No policy lives here; each class mends what is written beside it. The wire is read in `strict1` and
+`strict2`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from mitmproxy.proxy import commands, events, layer
 from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.layers import http as http_layers
 from mitmproxy.proxy.layers import websocket
-from mitmproxy.proxy.layers.http import _http2
+from mitmproxy.proxy.layers.http._base import HttpConnection
 from mitmproxy.proxy.layers.http._events import (
     ErrorCode,
     RequestData,
@@ -36,7 +37,7 @@ from mitmproxy.proxy.layers.tls import ClientTLSLayer
 
 from proxy.flow import STATE, FlowState, clean_control_frame, state_of
 from proxy.http1 import CONSUMED_BODY
-from proxy.strict1 import StrictServer
+from proxy.strict2 import StrictClient2, StrictServer2
 from proxy.tls import say_goodbye
 
 type Generator = layer.CommandGenerator[None]
@@ -185,17 +186,6 @@ def _until(
             return True, None
 
 
-class StrictServer2(_http2.Http2Server):
-    """HTTP/2 with a client; a stream that fails is reset without mitmproxy's page, which would quote a peer."""
-
-    def _handle_event(self, event: events.Event) -> Generator:
-        if isinstance(event, ResponseProtocolError) and event.code.http_status_code():
-            event.code = ErrorCode.KILL
-        yield from super()._handle_event(event)
-        if isinstance(event, ResponseEndOfMessage) and self.is_closed(event.stream_id):
-            self.streams.pop(event.stream_id, None)  # mitmproxy keeps it as long as the connection lasts
-
-
 class HttpLayer(http_layers.HttpLayer):
     """mitmproxy's HTTP layer with the stricter parts above. An upstream connection that is over is forgotten."""
 
@@ -203,14 +193,10 @@ class HttpLayer(http_layers.HttpLayer):
         self,
         context: Context,
         mode: http_layers.HTTPMode,
-        head_limit: int,
-        refuse_head: Callable[[Any, str], bytes],
+        reader: Callable[[Context], HttpConnection],
     ) -> None:
         super().__init__(context, mode)
-        http2 = context.client.alpn == b"h2"
-        self.connections[context.client] = (
-            StrictServer2(context.fork()) if http2 else StrictServer(context.fork(), head_limit, refuse_head)
-        )
+        self.connections[context.client] = reader(context.fork())
 
     def _handle_event(self, event: events.Event) -> Generator:
         if isinstance(event, events.ConnectionEvent) and event.connection not in self.connections:
@@ -239,11 +225,19 @@ class HttpLayer(http_layers.HttpLayer):
         events_ = (event for stream in self.streams.values() for event in stream._paused_event_queue)
         return sum(len(event.data) for event in events_ if isinstance(event, RequestData))
 
+    def unread(self) -> int:
+        """Bytes of HTTP/2 that were received and wait for their turn."""
+        return sum(part.unread() for connection in self.connections if (part := self._http2(connection)))
+
     def backlog(self, connection: Connection) -> int:
         """Bytes of HTTP/2 bodies that wait for the windows of this peer."""
-        part: Any = self.connections.get(connection)
-        while part is not None and not isinstance(part, _http2.Http2Connection):
-            part = getattr(part, "child_layer", None)
+        part = self._http2(connection)
         if part is None:
             return 0
         return sum(len(piece.data) for waiting in part.h2_conn.stream_buffers.values() for piece in waiting)
+
+    def _http2(self, connection: Connection) -> StrictServer2 | StrictClient2 | None:
+        part: Any = self.connections.get(connection)
+        while part is not None and not isinstance(part, StrictServer2 | StrictClient2):
+            part = getattr(part, "child_layer", None)
+        return part

@@ -41,6 +41,7 @@ from proxy.upstream import pin_connections
 CONNECT_TIMEOUT = 10.0  # seconds
 MAX_UPSTREAM = 100  # connections to one place: as many as streams, or one that waits for its turn would time out
 DRAIN = 10.0  # seconds streams may take to finish after SIGTERM
+UNREAD = 64 * 1024  # bytes of HTTP/2 that may wait for their turn before we read less
 UNDIALLED = 256 * 1024  # bytes of bodies that may wait for their upstream to be connected before we read less
 BACKLOG = 4 * 1024 * 1024  # bytes of HTTP/2 bodies that may wait for a slow peer before we read less
 STEP = 0.02  # seconds between two looks at what is left
@@ -174,6 +175,8 @@ class Handler(mitm_server.LiveConnectionHandler):
         client = self.transports.get(self.client)
         if http is None or client is None:
             return
+        while http.unread() > UNREAD:
+            await self._moved.wait()
         while _current_task() is client.handler and http.waiting() > UNDIALLED:
             await self._moved.wait()
         if self.client.alpn != b"h2":

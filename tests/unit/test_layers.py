@@ -15,7 +15,7 @@ from tests.storage import ROOT
 
 LAYERS = {
     0: "reason secret problem",
-    1: "address agent agenttoken clienthello coding exchange forms framing http1 pattern proof request series url",
+    1: "address agent agenttoken clienthello coding exchange forms frames framing http1 pattern proof request series url",
     2: "claims policy grant redact",
     3: (
         "credential explain outbound plan quantity rulefield rulefile rulemodel rulerisk ruletest sealing validation "
@@ -26,7 +26,7 @@ LAYERS = {
         "killswitch masterkey metrics parent poller records registry rollback rotation running sandboxenv "
         "settings settingvalue snapshot store upstream vault"
     ),
-    5: "addon cut flow lane layers peer pool runtime server strict1 tls",
+    5: "addon cut flow lane layers peer pool runtime server strict1 strict2 tls",
     6: "__main__ check cli cligateway demo script",
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules.split()} | {"__init__": 0}
