@@ -100,6 +100,8 @@ def _why(missing: str, rule: Rule, agent: Agent, view: RequestView) -> str:
             return f"port {view.port} is not {_either(ports)}"
         case "agents":
             return f"{agent.id} is not one of its agents"
+        case "method" if view.overrides and view.method in match.methods:
+            return f"it names methods, and the request may be another than {view.method} to its origin"
         case "method":
             return f"method {view.method} is not {_either(sorted(match.methods))}"
         case "path":

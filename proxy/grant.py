@@ -99,13 +99,16 @@ class Grant:
         """Whether an agent may use the credential somewhere."""
         return any_glob(self._agents, agent_id)
 
+    def _names(self, method: str) -> bool:
+        return method in self.methods or (method == "HEAD" and "GET" in self.methods)
+
     def refusal(self, agent: Agent, view: RequestView, now: float) -> str | None:
         """Why the credential may not be used by `agent` for `view` at `now` (Unix seconds); None: it may."""
         if now >= self.expires:
             return "expired"
         if not self.covers_host(view):
             return "host"
-        if self.methods and view.method not in self.methods and not (view.method == "HEAD" and "GET" in self.methods):
+        if self.methods and (view.overrides or not self._names(view.method)):
             return "method"
         if not all(any_glob(self._paths, reading) for reading in view.readings):
             return "path"

@@ -15,7 +15,8 @@ from proxy.pattern import Glob, any_glob
 from proxy.reason import Reason
 from proxy.request import DEFAULT_PORTS, RequestView
 
-NEVER_FORWARDED = frozenset({"TRACE", "CONNECT"})  # TRACE would echo an injected credential (RFC 9110 section 9.3.8)
+# TRACE would echo an injected credential (RFC 9110 section 9.3.8); TRACK is what IIS calls it (CVE-2003-1567).
+NEVER_FORWARDED = frozenset({"TRACE", "TRACK", "CONNECT"})
 
 # Resolvers over HTTPS (RFC 8484): through one, every name can be asked that rules about hosts would never let out.
 _RESOLVERS = (
@@ -179,7 +180,7 @@ class Rule:
             return "port"
         if self.agents and not any(agents.matches(agent) for agents in self.agents):
             return "agents"
-        if match.methods and view.method not in match.methods:
+        if match.methods and not (self._overridden(view) if view.overrides else view.method in match.methods):
             return "method"
         every = all if self.action is Verdict.ALLOW else any
         if (match.paths or match.path_regex) and not every(map(match.path_matches, view.readings)):
@@ -193,6 +194,10 @@ class Rule:
         if self.action is Verdict.BLOCK:
             return "websocket" if match.websocket and view.upgrade != "websocket" else ""
         return "websocket" if view.upgrade and not (match.websocket and view.upgrade == "websocket") else ""
+
+    def _overridden(self, view: RequestView) -> bool:
+        """The same for a request that may be another method to its origin: never allowed where methods are named."""
+        return self.action is Verdict.BLOCK and not self.match.methods.isdisjoint({view.method, *view.overrides})
 
     def url_limit(self, view: RequestView) -> str:
         """Which limit a URL goes over, or an empty text: names and queries can carry data out."""

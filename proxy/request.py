@@ -49,10 +49,18 @@ _NOT_FORWARDED = frozenset(
         b"x-cluster-client-ip",
         b"x-original-forwarded-for",
         b"x-real-ip",
+        # Some frameworks take them for the URL, and so past the rule that matched: CVE-2018-14773
+        b"x-http-host-override",
+        b"x-original-host",
+        b"x-original-url",
+        b"x-rewrite-url",
     }
 )
 _NOT_FORWARDED_PREFIXES = (b"proxy-", b"sallyport-", b"x-envoy-", b"x-forwarded-")
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
+_OVERRIDES = frozenset({b"x-http-method", b"x-http-method-override", b"x-method-override"})
+_OVERRIDE_PARAMETER = "_method"  # of a POST, to Rails, Laravel, Symfony and their kin
+_DROPPED, _KEPT, _KEPT_OVERRIDE, _KEPT_AUTHORIZATION = 0, 1, 2, 3
 
 
 class Ambiguous(ValueError):
@@ -61,7 +69,8 @@ class Ambiguous(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class RequestView:
-    """A request as it is matched and forwarded. `readings` are all ways an origin might read `path`, itself first."""
+    """A request as it is matched and forwarded. `readings` are all ways an origin might read `path`, itself first.
+    `overrides`: what else its method may be to an origin, from a header such as X-HTTP-Method-Override."""
 
     method: str
     scheme: str
@@ -72,6 +81,7 @@ class RequestView:
     headers: tuple[Field, ...] = ()
     upgrade: str = ""
     readings: tuple[str, ...] = ("/",)
+    overrides: frozenset[str] = frozenset()
 
     @staticmethod
     def parse(
@@ -93,7 +103,10 @@ class RequestView:
         Raises Ambiguous.
         """
         path, query, readings = _parse_target(target)
-        return RequestView(_method(method), scheme, host, port, path, query, facts.forwarded, facts.upgrade, readings)
+        method, overrides = _method(method), facts.overrides
+        if query and method == "POST":
+            overrides |= _override_in(query)
+        return RequestView(method, scheme, host, port, path, query, facts.forwarded, facts.upgrade, readings, overrides)
 
     def retargeted(self, host: Host, port: int, target: str) -> RequestView:
         """The same request for another target.
@@ -106,7 +119,16 @@ class RequestView:
     def with_headers(self, headers: tuple[Field, ...]) -> RequestView:
         """The same request with other headers."""
         return RequestView(
-            self.method, self.scheme, self.host, self.port, self.path, self.query, headers, self.upgrade, self.readings
+            self.method,
+            self.scheme,
+            self.host,
+            self.port,
+            self.path,
+            self.query,
+            headers,
+            self.upgrade,
+            self.readings,
+            self.overrides,
         )
 
     @property
@@ -164,20 +186,24 @@ def fold(name: bytes) -> bytes:
 
 
 @lru_cache(maxsize=512)
-def _is_authorization(name: bytes) -> bool:
-    return fold(name) == b"authorization"
+def _fate(name: bytes) -> int:
+    """What becomes of a header."""
+    folded = fold(name)
+    if folded in _FRAMING and b"_" in name:
+        raise Ambiguous("a header spells its framing with an underscore")
+    if folded in _NOT_FORWARDED or folded.startswith(_NOT_FORWARDED_PREFIXES):
+        return _DROPPED
+    if folded == b"authorization":
+        return _KEPT_AUTHORIZATION
+    return _KEPT_OVERRIDE if folded in _OVERRIDES else _KEPT
 
 
-@lru_cache(maxsize=512)
 def is_forwarded(name: bytes) -> bool:
     """Whether a header can be in a view at all.
 
     Raises Ambiguous.
     """
-    folded = fold(name)
-    if folded in _FRAMING and b"_" in name:
-        raise Ambiguous("a header spells its framing with an underscore")
-    return folded not in _NOT_FORWARDED and not folded.startswith(_NOT_FORWARDED_PREFIXES)
+    return _fate(name) != _DROPPED
 
 
 def is_own_header(name: bytes) -> bool:
@@ -188,13 +214,15 @@ def is_own_header(name: bytes) -> bool:
 @dataclass(frozen=True, slots=True)
 class HeaderFacts:
     """What a request's headers say, read in one pass. `forwarded`: those that are for the origin. `upgrade`: what is
-    asked for, lower case. `hosts`: every Host. `close`: the Connection header says so; `keep`: says the opposite."""
+    asked for, lower case. `hosts`: every Host. `close`: the Connection header says so; `keep`: says the opposite. `overrides`: methods
+    that some origin may take for the request's."""
 
     forwarded: tuple[Field, ...]
     upgrade: str = ""
     hosts: tuple[str, ...] = ()
     close: bool = False
     keep: bool = False
+    overrides: frozenset[str] = frozenset()
 
     @staticmethod
     def of(headers: Sequence[Field]) -> HeaderFacts:
@@ -205,12 +233,14 @@ class HeaderFacts:
         if _BAD_VALUE.search(b"".join([value for _, value in headers])):
             raise Ambiguous("a header value holds a control character")
         kept: list[Field] = []
-        hosts, upgrade, options = [], [], []
+        hosts, upgrade, options, overrides = [], [], [], frozenset[str]()
         for field in headers:
             name, value = field
-            if is_forwarded(name):
+            if fate := _fate(name):
                 kept.append(field)
-                if _is_authorization(name) and _OF_CONNECTION.match(value):
+                if fate == _KEPT_OVERRIDE:
+                    overrides |= _methods_in(value.decode("latin-1"))
+                elif fate == _KEPT_AUTHORIZATION and _OF_CONNECTION.match(value):
                     raise Ambiguous("it signs in a connection (Negotiate, NTLM), which agents share")
                 continue
             match name.lower():
@@ -229,7 +259,23 @@ class HeaderFacts:
             tuple(hosts),
             b"close" in said,
             b"keep-alive" in said,
+            overrides,
         )
+
+
+def _methods_in(value: str) -> frozenset[str]:
+    """Every method that `value` may be read as; never none."""
+    return frozenset({value.strip().upper(), *re.findall("[A-Z]+", value.upper())})
+
+
+def _override_in(query: str) -> frozenset[str]:
+    found = (value for pairs in query_pairs(query) for key, value in pairs if _php_name(key) == _OVERRIDE_PARAMETER)
+    return frozenset[str]().union(*map(_methods_in, found))
+
+
+def _php_name(key: str) -> str:
+    """The name that PHP gives a parameter: no leading spaces, `.` and space are `_`, and `[` begins an index."""
+    return re.sub("[. ]", "_", key.lstrip(" ").partition("[")[0])
 
 
 @lru_cache(maxsize=64)

@@ -13,7 +13,7 @@ import h2.events
 
 from tests.harness import Connection, Response
 
-type Headers = Sequence[tuple[str, str]]
+type Headers = Sequence[tuple[str | bytes, str | bytes]]
 
 
 class Http2:
@@ -44,7 +44,7 @@ class Http2:
 
     def request(
         self,
-        path: str = "/v1/x",
+        path: str | bytes = "/v1/x",
         authority: str | None = "api.test",
         method: str = "GET",
         headers: Headers = (),

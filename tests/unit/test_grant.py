@@ -33,6 +33,7 @@ EVERYTHING = Grant.parse(
         ("GET", "https://b.a.api.test:8443/v1/x", "coder-1", 0, "host"),
         ("GET", "https://api.test.evil.test/v1/x", "coder-1", 0, "host"),
         ("PUT", "https://api.test/v1/x", "coder-1", 0, "method"),
+        ("POST", "https://api.test/v1/x?_method=get", "coder-1", 0, "method"),
         ("GET", "https://api.test/v2/x", "coder-1", 0, "path"),
         ("GET", "https://api.test/v1/..%2fv2", "coder-1", 0, "path"),
         ("GET", "https://api.test/health%2fx", "coder-1", 0, "path"),
