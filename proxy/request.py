@@ -214,8 +214,8 @@ def is_own_header(name: bytes) -> bool:
 @dataclass(frozen=True, slots=True)
 class HeaderFacts:
     """What a request's headers say, read in one pass. `forwarded`: those that are for the origin. `upgrade`: what is
-    asked for, lower case. `hosts`: every Host. `close`: the Connection header says so; `keep`: says the opposite. `overrides`: methods
-    that some origin may take for the request's."""
+    asked for, lower case. `hosts`: every Host. `close`: the Connection header says so; `keep`: says the opposite.
+    `overrides`: methods that some origin may take for the request's."""
 
     forwarded: tuple[Field, ...]
     upgrade: str = ""

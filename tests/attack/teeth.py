@@ -81,15 +81,15 @@ TEETH: tuple[Tooth, ...] = (
     Tooth(
         "shared-sign-in",
         "request.py",
-        "if _is_authorization(name) and _OF_CONNECTION.match(value):",
-        "if False:",
+        "elif fate == _KEPT_AUTHORIZATION and _OF_CONNECTION.match(value):",
+        "elif False:",
         "test_identity.py -k signs_in",
     ),
     Tooth(
         "failed-handshake",
         "addon.py",
-        'exchange.method, exchange.reason = "CONNECT", reason',
-        'exchange.method, exchange.reason = "CONNECT", Reason.PROTOCOL_NOT_ALLOWED',
+        'self._cut_short(client, "CONNECT", reason)',
+        'self._cut_short(client, "CONNECT", Reason.PROTOCOL_NOT_ALLOWED)',
         "test_identity.py -k handshake",
     ),
     # The kill switch

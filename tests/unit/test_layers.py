@@ -15,7 +15,10 @@ from tests.storage import ROOT
 
 LAYERS = {
     0: "reason secret problem",
-    1: "address agent agenttoken clienthello coding exchange forms frames framing http1 pattern proof request series url",
+    1: (
+        "address agent agenttoken clienthello coding exchange forms frames framing http1 pattern proof request series "
+        "url"
+    ),
     2: "claims policy grant redact",
     3: (
         "credential explain outbound plan quantity rulefield rulefile rulemodel rulerisk ruletest sealing validation "
