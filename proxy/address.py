@@ -18,6 +18,7 @@ _UNICAST6 = IPv6Network("2000::/3")  # all that IANA has assigned for global uni
 _SPECIAL: tuple[IPv4Network | IPv6Network, ...] = (  # not for dialling, whatever this Python's own tables say
     IPv4Network("192.0.0.0/24"),  # protocol assignments (RFC 6890)
     IPv4Network("192.88.99.0/24"),  # 6to4 relays, deprecated (RFC 7526)
+    IPv4Network("168.63.129.16/32"),  # Azure gives every machine its metadata there
     IPv6Network("2001::/23"),  # protocol assignments (RFC 2928), among them Teredo and ORCHID
     IPv6Network("3fff::/20"),  # documentation (RFC 9637)
 )

@@ -178,6 +178,7 @@ NOT_PUBLIC = {
     "198.19.255.255": "benchmarking (RFC 2544)",
     "198.51.100.1": "documentation (RFC 5737)",
     "203.0.113.1": "documentation (RFC 5737)",
+    "168.63.129.16": "metadata of Azure's machines, at a public address",
     "224.0.0.1": "multicast (RFC 5771)",
     "239.255.255.255": "multicast (RFC 5771)",
     "240.0.0.1": "reserved (RFC 1112)",
