@@ -5,6 +5,7 @@ No policy lives here; each class mends what is written beside it.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,7 @@ from proxy.http1 import HEAD_SECONDS, LINGER_BYTES, LINGER_SECONDS, MAX_INFORMAT
 type Generator = layer.CommandGenerator[None]
 
 LATE_HEAD = "the upstream's head takes too long"
+_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # line breaks become spaces (RFC 9112 section 5.2)
 MAX_BETWEEN = 64 * 1024  # bytes of a chunk's size line, or of trailers
 
 
@@ -162,6 +164,9 @@ class StrictClient(_http1.Http1Client):
             status = first.event.response.status_code
             if first.event.response.headers.get("transfer-encoding", "chunked").lower() != "chunked":
                 yield from self._give_up("a body in a transfer coding cannot be scanned")
+                return
+            if _CONTROL.search(b"".join(value for _, value in first.event.response.headers.fields)):
+                yield from self._give_up("a header of the upstream holds a control character")
                 return
             if status >= 200 or (status == 101 and "upgrade" in self.request.headers):
                 self.skipped = 0
