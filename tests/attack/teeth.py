@@ -194,8 +194,8 @@ TEETH: tuple[Tooth, ...] = (
     Tooth(
         "old-tls",
         "pool.py",
-        "context.minimum_version = ssl.TLSVersion.TLSv1_2",
-        "context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED; context.set_ciphers('ALL:@SECLEVEL=0'); CIPHERS = 'ALL:@SECLEVEL=0'",
+        "context.set_ciphers(CIPHERS)",
+        'context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED; context.set_ciphers("ALL:@SECLEVEL=0")',
         "test_upstream.py -k prove",
     ),
     Tooth(
