@@ -145,7 +145,7 @@ class StrictClient(_http1.Http1Client):
         """The next final response head."""
         if isinstance(event, events.ConnectionClosed):
             self.buf.maybe_extract_at_most(len(self.buf))  # mitmproxy would quote it
-        elif self.request and self.buf._data[:1] in (b"\r", b"\n"):  # h11 waits for more, for ever
+        elif self.request and bytes(self.buf._data[:1]) in (b"\r", b"\n"):  # h11 waits for more, for ever
             yield from self._give_up("empty lines before the upstream's head")
             return
         elif self.request and len(self.buf) > MAX_RESPONSE_HEAD and HEAD_END not in self.buf._data:

@@ -149,10 +149,10 @@ TEETH: tuple[Tooth, ...] = (
         "test_addresses.py -k not_public",
     ),
     Tooth(
-        "nat64",
+        "not-unicast",
         "address.py",
-        "if ip in _NAT64 else ip.sixtofour",
-        "if False else ip.sixtofour",
+        "        if ip not in _UNICAST6:\n            return False\n",
+        "",
         "test_addresses.py -k not_public",
     ),
     Tooth(
