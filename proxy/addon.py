@@ -382,6 +382,12 @@ class Addon:
         peername = flow.server_conn.peername
         exchange.upstream_ip = peername[0] if peername else ""
         flows.clean_response_headers(flow, state.response_edits, state.redactor)
+        if state.whole is not None:
+            size = len(state.whole)
+            if state.redactor is None or flows.redact_whole(flow, state.redactor):
+                exchange.response_bytes = size
+                return
+            state.whole = None
         try:
             body = state.response_body = flows.body_redactor(flow, state.redactor) if state.redactor else None
         except Undecodable as error:

@@ -72,6 +72,7 @@ class FlowState:
     client_gone: bool = False
     streamed: bool = False  # bytes of its body may have left
     block: HeaderBlock | None = None  # where the fast lane read it
+    whole: bytes | None = None  # the body of the response, where all of it came with the head
     close: bool = False  # the client wants the connection closed (RFC 9112 section 9.6)
     http10: bool = False
 
@@ -361,6 +362,23 @@ def body_redactor(flow: http.HTTPFlow, redactor: Replacer) -> BodyRedactor | Non
         fields.append((b"connection", b"close") if state_of(flow).http10 else _CHUNKED)
     response.data.headers = fast_headers(fields)
     return body
+
+
+def redact_whole(flow: http.HTTPFlow, redactor: Replacer) -> bool:
+    """Whether the body in `FlowState.whole` could be made safe as it is: one that is coded must be streamed."""
+    state, response = state_of(flow), flow.response
+    assert response
+    assert state.whole is not None
+    if _has_no_body(flow):
+        return True
+    fields = response.data.headers.fields
+    if any(name.lower() == b"content-encoding" for name, _ in fields):
+        return False
+    if redactor.finds(state.whole):
+        state.whole = _redacted(state.whole, redactor, state.exchange, "body")
+        kept = [field for field in fields if field[0].lower() not in NO_LONGER_TRUE]
+        response.data.headers = fast_headers([*kept, (b"content-length", b"%d" % len(state.whole))])
+    return True
 
 
 def scan(body: BodyRedactor, chunk: bytes) -> list[bytes]:

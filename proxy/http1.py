@@ -26,7 +26,7 @@ _FOLDED_FIRST = re.compile(rb"[^\n]*\n[ \t]")  # a header, or more of the status
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]*|[ \t]*)\r\n")
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
-_MARKED = _FRAMING | {b"connection"}
+_MARKED = re.compile(rb"\n((?i:content-length|transfer-encoding|connection)):[ \t]*+([^\r]*+)")
 
 
 @dataclass(slots=True)
@@ -87,7 +87,7 @@ def parse_response(buffer: bytearray, method: bytes, limit: int) -> ResponseHead
     head = ResponseHead(
         b"HTTP/1." + minor, int(status), phrase or b"", split_fields(match.string, match.end(4)), -1, minor == b"1"
     )
-    _frame(head)
+    _frame(head, match.string)
     if method == b"HEAD" or head.status < 200 or head.status in (204, 304):
         head.length = 0  # RFC 9112 section 6.3, case 1
     elif head.length == -1:
@@ -101,15 +101,15 @@ def _mended(raw: bytes) -> bytes:
     return re.sub(rb"(?<!\r)\n", b"\r\n", re.sub(rb"\r(?!\n)", b" ", raw))
 
 
-def _frame(head: ResponseHead) -> None:
+def _frame(head: ResponseHead, raw: bytes) -> None:
     lengths: set[bytes] = set()
     chunked = False
-    for name, value in [field for field in head.headers if field[0].lower() in _MARKED]:
+    for name, value in _MARKED.findall(raw):
         match name.lower():
             case b"content-length":
-                lengths.add(value)
+                lengths.add(value.rstrip(b" \t"))
             case b"transfer-encoding":
-                if chunked or value.lower() != b"chunked":
+                if chunked or value.rstrip(b" \t").lower() != b"chunked":
                     raise BadMessage("the answer has a transfer encoding that is not chunked alone")
                 chunked = True
             case b"connection" if b"close" in value.lower():

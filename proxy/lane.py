@@ -480,8 +480,12 @@ class Connection:
         request = flow.request.data
         first = b""
         pump: Callable[[UpstreamConnection], Strand] | None = None
-        chunked = "transfer-encoding" in flow.request.headers
-        if not flow.request.stream:
+        chunked = head.length != 0 and "transfer-encoding" in flow.request.headers
+        if head.length == 0:
+            self.addon.request(flow)
+            if flow.response:
+                return await self._refuse(flow, head, body)
+        elif not flow.request.stream:
             flow.request.raw_content = await self._read_all(body)
             self.addon.request(flow)
             if flow.response:
@@ -623,7 +627,24 @@ class Connection:
     async def _respond(self, flow: http.HTTPFlow, upstream: UpstreamConnection, head: ResponseHead) -> bool:
         """Pass the answer on; whether the client's connection may carry another request."""
         response = flow.response = _response(head)
+        state, body = state_of(flow), Body(head.length)
+        data = body.take(upstream.buffer) if not body.done else b""
+        if body.done and head.length is not None:
+            state.whole = data
         self.addon.responseheaders(flow)
+        if state.whole is None:
+            await self._stream_response(flow, upstream, head, body, data)
+        else:
+            answer = response_bytes(head.status, response.data.reason, response.data.headers.fields)
+            self.addon.response(flow)
+            await self.channel.send(answer + state.whole, self.idle)
+        return not (state.close or state.http10)
+
+    async def _stream_response(
+        self, flow: http.HTTPFlow, upstream: UpstreamConnection, head: ResponseHead, body: Body, data: bytes
+    ) -> None:
+        response = flow.response
+        assert response
         stream: Any = response.stream
         headers = response.headers
         if head.length == -1 and "transfer-encoding" not in headers:  # the client's connection need not close
@@ -631,9 +652,7 @@ class Connection:
         bodiless = flow.request.data.method == b"HEAD" or head.status in (204, 304)
         chunked = "transfer-encoding" in headers and not bodiless
         out = [response_bytes(head.status, response.data.reason, headers.fields)]
-        body = Body(head.length)
         while True:
-            data = body.take(upstream.buffer) if not body.done else b""
             pieces = _each(stream(data)) if data and callable(stream) else []
             if body.done and callable(stream):
                 pieces += _each(stream(b""))
@@ -648,11 +667,11 @@ class Connection:
                 upstream.buffer += more
             else:
                 body.end()
+            data = body.take(upstream.buffer) if not body.done else b""
         if chunked:
             out.append(LAST_CHUNK)
         self.addon.response(flow)
         await self.channel.send(b"".join(out), self.idle)
-        return bool(headers.get("connection", "").lower() != "close")
 
     async def _upstream_failed(self, flow: http.HTTPFlow, reason: Reason, body: Body) -> bool:
         self.addon.dial_of(flow).failure = reason
@@ -670,11 +689,11 @@ class Connection:
 
 
 def _response(head: ResponseHead) -> http.Response:
-    """mitmproxy's response; the upstream's Connection is its own affair (RFC 9110 section 7.6.1)."""
+    """mitmproxy's response."""
     data = object.__new__(http.ResponseData)
     data.__dict__.update(
         http_version=b"HTTP/1.1",
-        headers=fast_headers(field for field in head.headers if field[0].lower() != b"connection"),
+        headers=fast_headers(head.headers),
         content=None,
         trailers=None,
         timestamp_start=0.0,

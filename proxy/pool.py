@@ -189,12 +189,13 @@ class Pool:
 def _is_quiet(channel: Channel) -> bool:
     """Whether an idle upstream is there and has sent nothing, other than a TLS session ticket: what it says unasked
     would be taken for the answer to the next request."""
-    sock = channel.sock
     try:
-        socket.socket.recv(sock, 1, socket.MSG_PEEK)  # below TLS, whose own recv costs half as much again
-        if isinstance(sock, ssl.SSLSocket):
-            sock.recv(1)
-    except (BlockingIOError, ssl.SSLWantReadError):
+        socket.socket.recv(channel.sock, 1, socket.MSG_PEEK)  # below TLS, whose own recv costs twice as much again
+        if isinstance(channel.sock, ssl.SSLSocket):
+            channel.sock.recv(1)
+    except BlockingIOError:
+        return not channel.unread()
+    except ssl.SSLWantReadError:
         return True
     except OSError:
         pass

@@ -29,6 +29,7 @@ INNER = (
     "proxy.vault:Vault.open",
     "proxy.vault:Vault.check",
     "proxy.upstream:Upstream.addresses",
+    "proxy.redact:Replacer.finds",
     "proxy.redact:BodyRedactor.feed",
     "proxy.redact:BodyRedactor.finish",
     "proxy.metrics:Metrics.record",

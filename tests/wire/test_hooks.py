@@ -21,13 +21,18 @@ rules:
     match: {host: [api.test, closed.test], websocket: true}
     action: allow
     inject: [{credential: api, as: bearer}]
+  - name: unopened
+    match: {host: unopened.test}
+    action: allow
+    inject: [{credential: unopened, as: bearer}]
   - {name: plain, match: {host: api.test, scheme: http}, action: allow}
 """
 BEFORE = ("client_connected", "http_connect", "requestheaders", "request")
 BEFORE_MITMPROXY = ("next_layer", "tls_clienthello", "tls_start_client", "server_connect", "tls_start_server")
 BEFORE_INNER = ("addon:Addon._identify", "flow:view_of", "flow:write_request", "gateway:Gateway.approve")
-BEFORE_INNER += ("vault:Vault.open", "vault:Vault.check", "upstream:Upstream.addresses")
-AFTER = ("responseheaders", "flow:clean_response_headers", "redact:BodyRedactor.feed", "redact:BodyRedactor.finish")
+BEFORE_INNER += ("vault:Vault.check", "upstream:Upstream.addresses")
+AFTER = ("responseheaders", "flow:clean_response_headers", "redact:Replacer.finds")
+STREAMED = ("redact:BodyRedactor.feed", "redact:BodyRedactor.finish")
 LAST = ("response", "client_disconnected", "addon:Addon._record", "metrics:Metrics.record", "audit:Audit.record")
 
 
@@ -41,6 +46,7 @@ def proxy(lane: str, make_proxy: Callable[..., Proxy], _shared_upstream: Upstrea
     proxy.start()
     proxy.agent()
     proxy.credential("api", SECRET, "--host", "api.test", "--host", "closed.test")
+    proxy.credential("unopened", SECRET, "--host", "unopened.test")
     assert get(proxy).status == 200
     return proxy
 
@@ -88,6 +94,15 @@ def test_what_fails_before_the_upstream_keeps_the_request_from_it(
     assert SECRET not in proxy.stderr_text()
 
 
+def test_what_fails_while_a_credential_is_opened_refuses(
+    proxy: Proxy, upstream: Upstream, plant: Callable[[str], None]
+) -> None:
+    """Opening one waits for the store, in a coroutine of its own."""
+    plant("vault:Vault.open")
+    refused(get(proxy, host="unopened.test"), "internal")
+    assert upstream.seen == []
+
+
 @pytest.mark.parametrize("name", ["requestheaders", "request", "flow:view_of", "gateway:Gateway.approve"])
 def test_a_failure_is_answered_where_that_is_possible(
     proxy: Proxy, upstream: Upstream, plant: Callable[[str], None], name: str
@@ -114,8 +129,9 @@ def test_a_failure_on_a_request_with_a_body(
     assert name == "request" or upstream.connections == 0
 
 
-@pytest.mark.parametrize("name", AFTER)
-@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunks"])
+@pytest.mark.parametrize(
+    ("name", "chunked"), [(name, False) for name in AFTER] + [(name, True) for name in AFTER + STREAMED]
+)
 def test_what_fails_on_the_answer_keeps_it_from_the_sandbox(
     proxy: Proxy, upstream: Upstream, plant: Callable[[str], None], name: str, chunked: bool
 ) -> None:
