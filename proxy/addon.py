@@ -24,6 +24,7 @@ from proxy import flow as flows
 from proxy.address import Host, parse_authority
 from proxy.agent import AgentState
 from proxy.ca import Leaf
+from proxy.clienthello import ClientHello, parse_client_hello
 from proxy.coding import Undecodable
 from proxy.exchange import Exchange
 from proxy.flow import FlowState, Tunnel, state_of
@@ -34,10 +35,12 @@ from proxy.guesses import Guesses
 from proxy.identity import Identified, Identity
 from proxy.layers import ClientTls, HttpLayer, Refuse
 from proxy.outbound import body_placeholders, secrets_known, secrets_sent
+from proxy.passthrough import objection, passes
 from proxy.peer import Dial, Peer, ulid
 from proxy.policy import Policy
 from proxy.reason import Reason
 from proxy.redact import Replacer, secret_replacer
+from proxy.relay import RelayLayer
 from proxy.request import Ambiguous, RequestView
 from proxy.settingvalue import Listener
 from proxy.strict1 import LATE_HEAD, StrictServer
@@ -140,7 +143,7 @@ class Addon:
         if isinstance(above, http_layers.HttpStream):
             start: bytes = data.data_client()  # type: ignore[no-untyped-call]
             if net_tls.starts_like_tls_record(start):
-                data.layer = ClientTls(context)
+                data.layer = self._passage(context, start) if self.may_pass(context.client) else ClientTls(context)
             elif len(start) < 3 and b"\x16\x03".startswith(start[:2]):
                 data.layer = None  # more must come before it can be told
             else:
@@ -150,6 +153,22 @@ class Addon:
             inside = isinstance(above, ClientTLSLayer)
             mode = http_layers.HTTPMode.transparent if inside else http_layers.HTTPMode.regular
             data.layer = self.peers[context.client.id].http = self.http_layer(context, mode)
+
+    def _passage(self, context: Any, start: bytes) -> layer.Layer | None:
+        """What follows a ClientHello in a tunnel that may be passed through; None until all of it is there."""
+        try:
+            hello = parse_client_hello(start)
+            if hello is None:
+                return None
+        except ValueError:
+            hello = None
+        try:
+            passage = self.pass_through(context.client, hello)
+        except Refused:
+            return Refuse(context)
+        if passage is None:
+            return ClientTls(context)
+        return RelayLayer(context, passage[0], lambda: self.passage_failed(context.client))
 
     def http_layer(self, context: Any, mode: http_layers.HTTPMode) -> HttpLayer:
         """The HTTP layer of a connection or tunnel."""
@@ -256,6 +275,8 @@ class Addon:
         flow.request.data.host, flow.request.data.port = host.name, port
         state_of(flow).recorded = True  # its requests are
         peer.open.pop(id(flow), None)
+        if policy and policy.passthrough:
+            peer.connect = flow
 
     @guarded(_refuse_flow)
     def requestheaders(self, flow: http.HTTPFlow) -> Coroutine[Any, Any, None] | None:
@@ -484,6 +505,47 @@ class Addon:
             with contextlib.suppress(ValueError):
                 host = Host.parse(server_name or "")
         return host
+
+    def may_pass(self, client: connection.Client | None) -> bool:
+        """Whether some rule passes tunnels through, so that `pass_through` must be asked about this one."""
+        peer = self.peers.get(client.id) if client else None
+        return peer is not None and peer.connect is not None
+
+    def pass_through(self, client: connection.Client, hello: ClientHello | None) -> tuple[Exchange, Dial] | None:
+        """The exchange that a tunnel is when it is passed through unread, and where to; None: it is intercepted.
+
+        Raises Refused, which is on record, for a tunnel that is to be passed through and does not show where it leads.
+        """
+        peer, policy = self.peers[client.id], self.gateway.policy()
+        tunnel, flow = peer.tunnel, peer.connect
+        agent = self.runtime.registry.by_id(tunnel.agent_id) if tunnel else None
+        if not (policy and tunnel and flow and agent) or agent.expired(self.runtime.clock()):
+            return None
+        rule = passes(policy, agent, tunnel.host, tunnel.port)
+        if rule is None:
+            return None
+        state = state_of(flow)
+        exchange = state.exchange
+        assert exchange
+        state.recorded, peer.open[id(flow)] = False, flow
+        exchange.rule, exchange.rule_at, exchange.policy = rule.name, rule.at, policy.digest
+        if reason := objection(hello, tunnel.host):
+            exchange.reason, exchange.status = reason, reason.status
+            self._record(flow)
+            raise Refused(reason)
+        exchange.allowed, exchange.reason, exchange.status = True, Reason.ALLOWED, 200
+        dial = peer.dials[tunnel.host.name, tunnel.port] = Dial(tunnel.host, rule.private)
+        return exchange, dial
+
+    def passage_failed(self, client: connection.Client, reason: Reason | None = None) -> None:
+        """No upstream for a tunnel that is passed through: there is no way to tell the client but to hang up."""
+        peer = self.peers.get(client.id)
+        exchange = state_of(peer.connect).exchange if peer and peer.connect else None
+        if peer and peer.tunnel and exchange:
+            dial = peer.dials.get((peer.tunnel.host.name, peer.tunnel.port))
+            exchange.reason = reason or (dial.failure if dial else None) or Reason.UPSTREAM_UNREACHABLE
+            exchange.allowed = exchange.reason not in (Reason.PRIVATE_ADDRESS, Reason.INTERNAL)
+            exchange.status = exchange.reason.status
 
     def is_mismatched(self, client: connection.Client | None) -> bool:
         """Whether the TLS of a connection named another host than its CONNECT."""

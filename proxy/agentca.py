@@ -34,7 +34,7 @@ def hosts_of(policy: Policy, agent: Agent) -> tuple[HostPattern, ...] | None:
     """The hosts that the rules allow an agent; None where one of them is for every host."""
     found: list[HostPattern] = []
     for rule in policy.rules:
-        if rule.may_allow(agent):
+        if rule.may_allow(agent) and not rule.passthrough:
             if not rule.match.hosts or any(not pattern.name for pattern in rule.match.hosts):
                 return None
             found += rule.match.hosts

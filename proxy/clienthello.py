@@ -6,14 +6,16 @@ from dataclasses import dataclass
 
 MAX_HELLO = 16384 + 5  # bytes: one record (RFC 8446 section 5.1)
 _SERVER_NAME, _ALPN = 0, 16  # extension types: RFC 6066 section 3, RFC 7301 section 3.1
+_ENCRYPTED = 0xFE0D  # encrypted_client_hello (IANA, TLS ExtensionType values)
 
 
 @dataclass(frozen=True, slots=True)
 class ClientHello:
-    """What the client asks for."""
+    """What the client asks for. `encrypted`: another hello lies in it that only the server can read."""
 
     server_name: str | None = None
     protocols: tuple[bytes, ...] = ()
+    encrypted: bool = False
 
 
 def is_tls(start: bytes) -> bool:
@@ -79,6 +81,7 @@ def _extensions(data: bytes) -> ClientHello:
     return ClientHello(
         None if name is None else _host_name(_only_vector(name, 0, 2)),
         () if protocols is None else tuple(_each(_only_vector(protocols, 0, 2))),
+        _ENCRYPTED in found,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from proxy.agent import Agent
 from proxy.outbound import placeholder_of
 from proxy.pattern import any_glob
-from proxy.plan import Plan, make_plan
+from proxy.plan import Plan, plan_of_client
 from proxy.policy import Injection, Policy, Rule, Verdict, decide
 from proxy.request import DEFAULT_PORTS, RequestView
 from proxy.url import parse_url, url_of
@@ -67,10 +67,10 @@ class Explanation:
 
 def explain(policy: Policy, agent: Agent, view: RequestView) -> Explanation:
     """What would be done with `view` for `agent`, and why."""
-    plan = make_plan(policy, agent, view)
+    plan = plan_of_client(policy, agent, view)
     steps, others = [], []
     for number, asked in enumerate(plan.views):
-        decides = decide(policy, agent, asked).rule
+        decides = plan.rule if plan.passthrough else decide(policy, agent, asked).rule
         rules = list(policy.candidates(asked.host))
         others.append(len(policy.rules) - len(rules))
         if number and not _moved(plan.rules[number - 1]):
@@ -84,13 +84,15 @@ def _moved(rule: Rule) -> bool:
 
 
 def _row(rule: Rule, agent: Agent, view: RequestView, decides: bool) -> Row:
-    missing = rule.mismatch(agent, view)
+    missing = "" if rule.passthrough and decides else rule.mismatch(agent, view)
     return Row(rule, missing, _why(missing, rule, agent, view) if missing else "", decides)
 
 
 def _why(missing: str, rule: Rule, agent: Agent, view: RequestView) -> str:
     match = rule.match
     match missing:
+        case "tls":
+            return "it is for connections that are passed through"
         case "host":
             return f"host {view.host} is not {_either(match.hosts)}"
         case "scheme":
@@ -235,6 +237,9 @@ def _outcome(explanation: Explanation) -> Iterator[str]:
     yield f"ALLOW{by}"
     if plan.answer:
         yield f"  answered here with status {plan.answer.status}; nothing is sent"
+        return
+    if plan.passthrough:
+        yield "  passes the connection through: requests are not read, nothing is injected"
         return
     before, after = url_of(plan.views[0]), url_of(plan.view)
     yield f"  sends    {after}" if before == after else f"  sends    {after}  (instead of {before})"

@@ -23,7 +23,7 @@ from mitmproxy.proxy import mode_specs
 
 from proxy.addon import Addon
 from proxy.ca import MAX_LEAVES, Leaf
-from proxy.clienthello import MAX_HELLO, is_tls, parse_client_hello
+from proxy.clienthello import MAX_HELLO, ClientHello, is_tls, parse_client_hello
 from proxy.flow import STATE, FlowState, Tunnel, fast_headers, state_of
 from proxy.guard import where
 from proxy.http1 import (
@@ -47,6 +47,7 @@ from proxy.http1 import (
 from proxy.poller import Channel, Poller, Strand
 from proxy.pool import CONNECT_TIMEOUT, Place, Pool, UpstreamConnection
 from proxy.reason import Reason
+from proxy.relay import Relay
 from proxy.runtime import Runtime
 from proxy.tls import CIPHERS
 from proxy.upstream import Refused
@@ -323,16 +324,41 @@ class Connection:
             try:
                 hello = parse_client_hello(data)
             except ValueError:
-                return self._hand_over_tunnel()
+                return await self._pass(None) and self._hand_over_tunnel()
             if hello:
                 break
             seen = len(data)
+        if self.addon.may_pass(self.client) and not await self._pass(hello):
+            return False
         if hello.protocols and b"http/1.1" not in hello.protocols:
             return self._hand_over_tunnel()
         context = self.lane.contexts.get(self.addon.leaf(self.client, hello.server_name))
         await self.channel.start_tls(context, deadline - self.lane.poller.now(), server_side=True)
         self.inside = True
         return True
+
+    async def _pass(self, hello: ClientHello | None) -> bool:
+        """Pass a tunnel through that a rule says shall be; whether it is to be intercepted instead."""
+        assert self.client
+        if not self.addon.may_pass(self.client):
+            return True
+        try:
+            passage = self.addon.pass_through(self.client, hello)
+        except Refused:
+            return False
+        if passage is None:
+            return True
+        exchange, dial = passage
+        place = Place(dial.host, exchange.port, tls=False, private=dial.private)
+        try:
+            self.upstream = upstream = await self.lane.pool.acquire(place, fresh=True)
+        except Refused as refused:
+            self.addon.passage_failed(self.client, refused.reason)
+            return False
+        self.busy = True
+        exchange.upstream_ip = upstream.server.peername[0] if upstream.server.peername else ""
+        await Relay(self.channel, upstream.channel, exchange, self.idle, self.lane.poller.now).run()
+        return False
 
     def _hand_over_tunnel(self) -> bool:
         client, tunnel = self.client, self.addon.tunnel_of(self.client)

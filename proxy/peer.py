@@ -46,6 +46,7 @@ class Peer:
     shown: tuple[Proof, ...] = ()  # by the connection itself, for every request on it
     tunnel: Tunnel | None = None
     sni_mismatch: bool = False
+    connect: http.HTTPFlow | None = None  # kept where some rule passes tunnels through
     dials: dict[tuple[str, int], Dial] = field(default_factory=dict)
     open: dict[int, http.HTTPFlow] = field(default_factory=dict)  # not recorded yet
     agents: set[str] = field(default_factory=set)

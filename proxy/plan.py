@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from proxy.agent import Agent
 from proxy.outbound import rewrite
-from proxy.policy import Answer, Decision, Policy, Rule, decide
+from proxy.passthrough import passes
+from proxy.policy import Answer, Decision, Policy, Rule, Verdict, decide
 from proxy.reason import Reason
 from proxy.request import Ambiguous, RequestView
 
@@ -35,12 +36,25 @@ class Plan:
         return self.decision.rule or (self.rules[0] if self.rules else None)
 
     @property
+    def passthrough(self) -> bool:
+        """Whether the connection is passed through, and no request in it seen."""
+        return self.decision.rule is not None and self.decision.rule.passthrough
+
+    @property
     def answer(self) -> Answer | None:
         """What is answered without any upstream."""
         for rule in self.rules:
             if rule.respond:
                 return rule.respond
         return None
+
+
+def plan_of_client(policy: Policy, agent: Agent, view: RequestView) -> Plan:
+    """The plan for a client that opens a tunnel for https: it may be passed through, and the request never seen."""
+    rule = passes(policy, agent, view.host, view.port) if view.scheme == "https" else None
+    if rule:
+        return Plan(Decision(Verdict.ALLOW, Reason.ALLOWED, rule), (view,), (rule,))
+    return make_plan(policy, agent, view)
 
 
 def make_plan(policy: Policy, agent: Agent, view: RequestView) -> Plan:

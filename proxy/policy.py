@@ -156,6 +156,7 @@ class Rule:
     respond: Answer | None = None
     private: bool = False
     limits: Limits | None = None
+    passthrough: bool = False  # its connections are not read: it matches no request
 
     def may_allow(self, agent: Agent) -> bool:
         """Whether some request of `agent` could be allowed by this rule."""
@@ -173,6 +174,8 @@ class Rule:
 
     def unmet(self, agent: Agent, view: RequestView) -> str:
         """The same for a request whose host is one of the rule's."""
+        if self.passthrough:
+            return "tls"
         match = self.match
         if match.schemes and view.scheme not in match.schemes:
             return "scheme"
@@ -249,7 +252,7 @@ class Decision:
 class Policy:
     """An immutable set of rules, indexed by host so that only rules which may name a host are asked about it."""
 
-    __slots__ = ("_anywhere", "_below", "_exact", "_naming", "_under", "digest", "rules", "tls_ports")
+    __slots__ = ("_anywhere", "_below", "_exact", "_naming", "_under", "digest", "passthrough", "rules", "tls_ports")
 
     def __init__(self, rules: Iterable[Rule], digest: str = "") -> None:
         self.rules = tuple(rules)
@@ -257,6 +260,7 @@ class Policy:
         self.tls_ports = frozenset({DEFAULT_PORTS["https"]}).union(
             *(rule.match.ports for rule in self.rules if "https" in rule.match.schemes)
         )
+        self.passthrough = any(rule.passthrough for rule in self.rules)
         self._exact: dict[str, list[int]] = {}
         self._under: dict[str, list[int]] = {}  # one label below
         self._below: dict[str, list[int]] = {}  # any depth below

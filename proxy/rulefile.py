@@ -114,6 +114,7 @@ class _Reader:
             Answer(**fields.respond.model_dump()) if "respond" in fields.model_fields_set else None,
             fields.private,
             Limits(**fields.limits.model_dump()) if fields.limits.model_fields_set else None,
+            fields.tls == "passthrough",
         )
         return rule if len(self.problems) == before else None
 
@@ -130,9 +131,11 @@ class _Reader:
     def _check_combination(self, fields: RuleFields, path: tuple[Step, ...]) -> None:
         written = fields.model_fields_set
         if fields.action == "block":
-            for name in ("rewrite", "inject", "response", "respond", "private", "limits"):
+            for name in ("rewrite", "inject", "response", "respond", "private", "limits", "tls"):
                 if name in written:
                     self.report((*path, name), f'a block rule has no "{name}"', "remove it", key=True)
+        elif fields.tls == "passthrough":
+            self._check_passthrough(fields, path)
         elif "respond" in written:
             for name in ("rewrite", "inject"):
                 if name in written:
@@ -140,6 +143,21 @@ class _Reader:
                     self.report((*path, name), message, "remove one of them", key=True)
         if fields.respond.body and fields.respond.status in _BODILESS:
             self.report((*path, "respond", "body"), f"a {fields.respond.status} answer has no body", key=True)
+
+    def _check_passthrough(self, fields: RuleFields, path: tuple[Step, ...]) -> None:
+        """Of such a connection only agent, host and port are known, and nothing in it can be changed."""
+        hint = 'remove it, or else "tls: passthrough"'
+        for name in ("rewrite", "inject", "response", "respond", "limits"):
+            if name in fields.model_fields_set:
+                self.report((*path, name), f'a passthrough rule has no "{name}": nothing is read', hint, key=True)
+        for name in sorted(fields.match.model_fields_set - {"host", "port", "scheme"}):
+            message = f'a passthrough rule has no "match.{name}": nothing is read'
+            self.report((*path, "match", name), message, hint, key=True)
+        if "http" in fields.match.scheme:
+            self.report((*path, "match", "scheme"), "http has no TLS to pass through", 'leave "http" out')
+        if not fields.match.host or any(not pattern.name for pattern in fields.match.host):
+            message = "a passthrough rule names its hosts: what is not read could go anywhere"
+            self.report((*path, "tls"), message, 'write "match.host"')
 
     def _rewrite(self, fields: RewriteFields, path: tuple[Step, ...]) -> Rewrite:
         url = fields.url

@@ -243,6 +243,8 @@ class RuleFields(_Model):
     inject: tuple[InjectFields, ...] = ()
     response: ResponseFields = ResponseFields()
     respond: RespondFields = RespondFields()
+    tls: Literal["intercept", "passthrough"] = "intercept"
+    """`passthrough`: connections to the hosts are not read, for clients that accept no CA but their own."""
     private: bool = False
     """The upstream's address must be a private one that the settings allow."""
     limits: LimitFields = LimitFields()

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 
 from proxy.agent import Agent, AgentState, parse_agent_id
 from proxy.explain import injections
-from proxy.plan import make_plan
+from proxy.plan import plan_of_client
 from proxy.policy import Policy
 from proxy.problem import Problem, Problems, UserError
 from proxy.reason import Reason
@@ -198,7 +198,7 @@ def _ask(policy: Policy, request: Request) -> _Outcome:
         view = parse_url(request.method, request.url, (*request.headers.items(), *(_UPGRADE * request.websocket)))
     except Ambiguous:
         return _Outcome()
-    plan = make_plan(policy, agent, view)
+    plan = plan_of_client(policy, agent, view)
     decision = plan.decision
     name, at = (plan.rule.name, plan.rule.at) if plan.rule else (None, "")
     if not decision.allowed:

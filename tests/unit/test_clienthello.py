@@ -77,6 +77,11 @@ def test_what_is_asked_for_is_found() -> None:
     assert parse_client_hello(REAL["no name"]) == ClientHello(None, ())
 
 
+def test_an_encrypted_hello_is_told() -> None:
+    """The name that is read then is not the one that counts (ECH)."""
+    assert parse_client_hello(made(NAME, (0xFE0D, b"\x00"))) == ClientHello("api.test", (), encrypted=True)
+
+
 @pytest.mark.parametrize("case", REAL)
 def test_cut_anywhere_it_is_incomplete(case: str) -> None:
     """Never wrong, and never half of an answer."""

@@ -21,15 +21,15 @@ LAYERS = {
     ),
     2: "claims policy grant redact",
     3: (
-        "credential explain outbound plan quantity rulefield rulefile rulemodel rulerisk ruletest sealing validation "
-        "yamltree"
+        "credential explain outbound passthrough plan quantity rulefield rulefile rulemodel rulerisk ruletest "
+        "sealing validation yamltree"
     ),
     4: (
         "admin agentca audit ca certificate embedded files follow gateway gatewaykeys guard guesses identity "
         "killswitch masterkey metrics parent poller records registry rollback rotation running sandboxenv "
         "settings settingvalue snapshot store upstream vault"
     ),
-    5: "addon cut flow lane layers peer pool runtime server strict1 strict2 tls",
+    5: "addon cut flow lane layers peer pool relay runtime server strict1 strict2 tls",
     6: "__main__ check cli cligateway demo script",
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules.split()} | {"__init__": 0}
