@@ -29,7 +29,7 @@ from proxy.coding import Undecodable
 from proxy.exchange import Exchange
 from proxy.flow import FlowState, Tunnel, state_of
 from proxy.frames import FrameBudget
-from proxy.gateway import Gateway, NotOpen
+from proxy.gateway import Gateway, Unready
 from proxy.guard import guarded, where
 from proxy.guesses import Guesses
 from proxy.identity import Identified, Identity
@@ -37,7 +37,7 @@ from proxy.layers import ClientTls, HttpLayer, Refuse
 from proxy.outbound import body_placeholders, secrets_known, secrets_sent
 from proxy.passthrough import objection, passes
 from proxy.peer import Dial, Peer, ulid
-from proxy.policy import Policy
+from proxy.policy import Decision, Policy, Rule
 from proxy.reason import Reason
 from proxy.redact import Replacer, secret_replacer
 from proxy.relay import RelayLayer
@@ -281,27 +281,29 @@ class Addon:
     @guarded(_refuse_flow)
     def requestheaders(self, flow: http.HTTPFlow) -> Coroutine[Any, Any, None] | None:
         """View, decide, meet the obligations: all that follows only carries it out. What is returned has to be awaited
-        first: a credential must be asked of the store."""
+        first: the store must be asked for a credential, or to count a limit."""
         peer = self.peers[flow.client_conn.id]
         self._begin(flow, peer)
         try:
             self._decide(flow, peer, {})
-        except NotOpen as missing:
-            return self._open_and_decide(flow, peer, missing.name)
+        except Unready as missing:
+            return self._prepare_and_decide(flow, peer, missing)
         except Refused as refused:
             self.refuse(flow, refused)
         return None
 
-    async def _open_and_decide(self, flow: http.HTTPFlow, peer: Peer, name: str) -> None:
+    async def _prepare_and_decide(self, flow: http.HTTPFlow, peer: Peer, missing: Unready | None) -> None:
         leases: dict[str, Lease] = {}
+        exchange = state_of(flow).exchange
+        assert exchange
         try:
-            while name:
-                leases[name] = await self.gateway.open(name)
+            while missing:
+                await self.gateway.prepare(missing, exchange, leases)
                 try:
                     self._decide(flow, peer, leases)
-                    name = ""
-                except NotOpen as missing:
-                    name = missing.name
+                    missing = None
+                except Unready as still:
+                    missing = still
         except Refused as refused:
             self.refuse(flow, refused)
 
@@ -321,6 +323,8 @@ class Addon:
         _fill(exchange, view)
         assert identified.agent
         approved = self.gateway.approve(identified.agent, view, exchange, leases)
+        if approved.body_limit:
+            state.body_limit = _body_limit(flow, *approved.body_limit)
         if approved.answer:
             state.answered = True
             flow.response = flows.answer(approved.answer)
@@ -340,6 +344,8 @@ class Addon:
             state.body_credentials = tuple(opened for _, opened in outbound.body)
             state.placeholders = Replacer(body_placeholders(outbound))
         self._stream_request(flow, state)
+        if state.body_limit:
+            flow.request.stream = self._bounded(flow, *state.body_limit)
         state.sent_at = time.perf_counter()
         state.decided = True
 
@@ -367,6 +373,28 @@ class Addon:
             return [chunk] if chunk else []
 
         request.stream = pass_on
+
+    def _bounded(self, flow: http.HTTPFlow, most: int, rule: Rule) -> Callable[[bytes], Iterable[bytes]]:
+        """The stream of a request's body, which raises Refused where it gets longer than `most` bytes."""
+        pass_on: Any = flow.request.stream
+        left = most
+
+        def bounded(chunk: bytes) -> Iterable[bytes]:
+            nonlocal left
+            left -= len(chunk)
+            if left < 0:
+                raise self.stop_body(flow, _too_large(rule))
+            return list(pass_on(chunk))
+
+        return bounded
+
+    def stop_body(self, flow: http.HTTPFlow, refused: Refused) -> Refused:
+        """Note why the body that is on its way upstream is stopped there; where no answer has begun, that is told."""
+        state, exchange = state_of(flow), state_of(flow).exchange
+        assert exchange
+        state.stopped = refused
+        exchange.allowed, exchange.reason = False, refused.reason
+        return refused
 
     @guarded(_refuse_flow)
     def request(self, flow: http.HTTPFlow) -> None:
@@ -450,6 +478,9 @@ class Addon:
         self._record(flow)
 
     def _upstream_failed(self, flow: http.HTTPFlow, state: FlowState, exchange: Exchange) -> None:
+        if state.stopped:
+            self.refuse(flow, state.stopped)
+            return
         peer = self.peers.get(flow.client_conn.id)
         dial = peer.dials.get((flow.request.host, flow.request.port)) if peer else None
         late = flow.error is not None and flow.error.msg == LATE_HEAD
@@ -717,6 +748,22 @@ def _vouch(policy: Policy | None, identified: Identified, host: Host) -> None:
         raise Refused(Reason.AGENT_KILLED)
     if policy is None or not any(rule.may_allow(agent) for rule in policy.candidates(host)):
         raise Refused(Reason.NO_RULE)
+
+
+def _body_limit(flow: http.HTTPFlow, most: int, rule: Rule) -> tuple[int, Rule] | None:
+    """What is to be watched while the body comes; nothing where its length was told, which framing holds it to.
+
+    Raises Refused.
+    """
+    length = flow.request.headers.get("content-length")
+    if length is not None and int(length) > most:
+        raise _too_large(rule)
+    return (most, rule) if length is None else None
+
+
+def _too_large(rule: Rule) -> Refused:
+    decision = Decision(reason=Reason.BODY_TOO_LARGE, rule=rule, limit="request_body")
+    return Refused(Reason.BODY_TOO_LARGE, decision=decision)
 
 
 def _fill(exchange: Exchange, view: RequestView) -> None:

@@ -70,7 +70,7 @@ def _record(addon: Addon, peer: Peer, flow: http.HTTPFlow, reason: Reason) -> No
     exchange = state.exchange
     if exchange is None or state.recorded:
         return
-    state.recorded = state.client_gone = True
+    state.recorded = state.client_gone = exchange.ended = True
     addon.runtime.record(
         replace(
             exchange,

@@ -21,6 +21,14 @@ class Injected:
     location: str
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A place of a limit that is taken until the exchange ends."""
+
+    key: str
+    place: str
+
+
 @dataclass(slots=True)
 class Exchange:
     """One request and its answer. Times are Unix seconds, durations seconds, sizes bytes."""
@@ -52,6 +60,9 @@ class Exchange:
     upstream_duration: float | None = None  # to the first byte; None: no upstream was asked
     upstream_ip: str = ""
     trace_id: str = ""
+    counted: tuple[str, ...] = ()  # rules whose limits it was counted by
+    held: tuple[Held, ...] = ()
+    ended: bool = False  # and on record
 
     @property
     def verdict(self) -> str:

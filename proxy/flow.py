@@ -18,7 +18,7 @@ from proxy.coding import Undecodable, narrow_accept_encoding
 from proxy.exchange import Exchange, Injected
 from proxy.framing import HeaderBlock
 from proxy.outbound import Opened, edit_headers
-from proxy.policy import Answer, Edit
+from proxy.policy import Answer, Edit, Rule
 from proxy.proof import Told
 from proxy.reason import Reason
 from proxy.redact import BodyRedactor, Replacer, ReplacerStream
@@ -70,6 +70,8 @@ class FlowState:
     request_stream: ReplacerStream | None = None
     response_body: BodyRedactor | None = None
     client_gone: bool = False
+    body_limit: tuple[int, Rule] | None = None
+    stopped: Refused | None = None  # while its body was on its way
     streamed: bool = False  # bytes of its body may have left
     block: HeaderBlock | None = None  # where the fast lane read it
     whole: bytes | None = None  # the body of the response, where all of it came with the head
@@ -226,7 +228,7 @@ def refusal(refused: Refused, exchange: Exchange, view: RequestView | None, *, h
     if reason.status == 407:
         headers.append((b"proxy-authenticate", b'Basic realm="sallyport"'))
     if reason.status in (429, 503):
-        headers.append((b"retry-after", b"5"))
+        headers.append((b"retry-after", b"%d" % refused.retry_after))
     return _response(reason.status, headers, body)
 
 

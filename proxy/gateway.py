@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from proxy.agent import Agent
 from proxy.exchange import Exchange
+from proxy.limiter import Limiter
 from proxy.outbound import InjectionError, Outbound, inject
 from proxy.plan import Plan, make_plan
 from proxy.policy import Answer, Edit, Policy, Rule, Verdict
@@ -27,14 +28,27 @@ class Approved:
     answer: Answer | None = None
     private: bool = False
     response_edits: tuple[Edit, ...] = ()
+    body_limit: tuple[int, Rule] | None = None  # bytes of the request's body at most, and who says so
 
 
-class NotOpen(Exception):
-    """A credential must be opened first, which needs the store."""
+class Unready(Exception):
+    """Something must be asked of the store first; after `Gateway.prepare` it can be decided again."""
+
+
+class NotOpen(Unready):
+    """A credential must be opened."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         super().__init__(name)
+
+
+class NotCounted(Unready):
+    """A limit must be counted."""
+
+    def __init__(self, agent: Agent, rule: Rule) -> None:
+        self.agent, self.rule = agent, rule
+        super().__init__(rule.name)
 
 
 class Gateway:
@@ -43,6 +57,7 @@ class Gateway:
     def __init__(self, policy: Callable[[], Policy | None], clock: Callable[[], float]) -> None:
         self.policy = policy
         self.vault: Vault | None = None
+        self.limiter: Limiter | None = None
         self.clock = clock
 
     def approve(
@@ -50,7 +65,7 @@ class Gateway:
     ) -> Approved:
         """What is done with `view` for `agent`; fills in the exchange. `leases`: credentials opened for it.
 
-        Raises Refused, and NotOpen: call again with the lease that `open` gives.
+        Raises Refused, and Unready: call again after `prepare`, with the leases it gave.
         """
         started = time.perf_counter()
         try:
@@ -62,8 +77,11 @@ class Gateway:
         finally:
             exchange.decision_duration = time.perf_counter() - started
         sent, answer, private = plan.view, plan.answer, False
-        outbound, edits = Outbound(sent), list[Edit]()
+        outbound, edits, body_limit = Outbound(sent), list[Edit](), None
         for rule in plan.rules:
+            if rule.limits is not None:
+                self._count(agent, rule, exchange)
+                body_limit = _narrower(body_limit, rule)
             if rule.inject and not answer:
                 outbound = self._inject(agent, outbound, rule, leases or {})
             if rule.response_headers:
@@ -72,10 +90,31 @@ class Gateway:
         exchange.rewritten = sent is not view
         exchange.injected = outbound.injected
         exchange.allowed, exchange.reason = True, Reason.ALLOWED
-        return Approved(outbound, plan.rules, answer, private, tuple(edits))
+        return Approved(outbound, plan.rules, answer, private, tuple(edits), body_limit)
+
+    async def prepare(self, missing: Unready, exchange: Exchange, leases: dict[str, Lease]) -> None:
+        """Ask the store for what was missing; an opened credential is put into `leases`.
+
+        Raises Refused.
+        """
+        if isinstance(missing, NotOpen):
+            leases[missing.name] = await self.open(missing.name)
+        elif isinstance(missing, NotCounted) and self.limiter:
+            await self.limiter.admit(missing.agent, missing.rule, exchange)
+            exchange.counted += (missing.rule.name,)
+        else:
+            raise Refused(Reason.STORE_UNAVAILABLE)
+
+    def _count(self, agent: Agent, rule: Rule, exchange: Exchange) -> None:
+        """Each rule once, however often the request is decided again."""
+        if rule.name in exchange.counted:
+            return
+        if self.limiter is None or not self.limiter.admits_at_once(agent, rule):
+            raise NotCounted(agent, rule)
+        exchange.counted += (rule.name,)
 
     async def open(self, name: str) -> Lease:
-        """The credential that `NotOpen` named.
+        """A credential that is not open yet.
 
         Raises Refused.
         """
@@ -111,3 +150,8 @@ class Gateway:
             except (InjectionError, KeyError):
                 raise Refused(Reason.CREDENTIAL_UNAVAILABLE) from None
         return outbound
+
+
+def _narrower(before: tuple[int, Rule] | None, rule: Rule) -> tuple[int, Rule] | None:
+    size = rule.limits.request_body if rule.limits else None
+    return before if size is None or (before and before[0] <= size) else (size, rule)

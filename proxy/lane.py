@@ -577,6 +577,9 @@ class Connection:
                 return
             try:
                 await upstream.channel.send(self._framed(flow, data, chunked, last=body.done), self.idle)
+            except Refused:  # in the middle: who waits for the answer tells the client
+                upstream.channel.close()
+                return
             except (OSError, TimeoutError):
                 return  # an upstream may answer and close before it has read everything
             if body.done:

@@ -39,6 +39,7 @@ from proxy.flow import STATE, FlowState, clean_control_frame, state_of
 from proxy.http1 import CONSUMED_BODY
 from proxy.strict2 import StrictClient2, StrictServer2
 from proxy.tls import say_goodbye
+from proxy.upstream import Refused
 
 type Generator = layer.CommandGenerator[None]
 
@@ -131,6 +132,27 @@ class Stream(http_layers.HttpStream):
             state_of(self.flow).client_gone = True
         if (yield from _until(super().handle_protocol_error(event), self._answered_error))[0]:
             yield from self._answer_failure()
+
+    def state_stream_request_body(self, event: Any) -> Generator:
+        """A body that is refused in the middle ends for its upstream, and is answered where no answer has begun."""
+        try:
+            yield from super().state_stream_request_body(event)
+        except Refused:
+            gone = RequestProtocolError(self.stream_id, "refused", ErrorCode.CANCEL)
+            yield http_layers.SendHttp(gone, self.context.server)
+            if self.flow.response is None:
+                yield HttpErrorHook(self.flow)
+                yield from self._answer_failure()
+            else:
+                yield from self._cut_answer()
+
+    def _cut_answer(self) -> Generator:
+        self.client_state = self.server_state = self.state_errored
+        cut = ResponseProtocolError(self.stream_id, "refused", ErrorCode.KILL)
+        yield http_layers.SendHttp(cut, self.context.client)
+        yield HttpErrorHook(self.flow)
+        self.flow.live = False
+        yield http_layers.DropStream(self.stream_id)
 
     def _answered_error(self, command: commands.Command) -> bool:
         state = state_of(self.flow)

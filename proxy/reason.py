@@ -84,7 +84,7 @@ _WORDS: dict[Reason, tuple[int, str, str]] = {
         "{agent} has used up a limit for {target}{detail}.",
         "Ask for less, and wait as long as retry-after says.",
     ),
-    Reason.BODY_TOO_LARGE: (413, "The request body is too large for the rule that must see it.", _ASK),
+    Reason.BODY_TOO_LARGE: (413, "The request body is larger than a rule for {target} takes.", _ASK),
     Reason.CREDENTIAL_UNAVAILABLE: (503, "The credential for {target} is not available now.", _OPERATOR),
     Reason.POLICY_UNAVAILABLE: (503, "The proxy has no rules to decide by.", _OPERATOR),
     Reason.STORE_UNAVAILABLE: (503, "The proxy cannot reach its store.", _LATER),

@@ -47,16 +47,6 @@ def _unavailable(what: str) -> PlainValidator:
     return PlainValidator(refuse, json_schema_input_type=Literal[LATER])
 
 
-def _later(parse: Callable[[Any], Any], what: str) -> PlainValidator:
-    """A field whose form is settled; refused where the form is right, because nothing keeps to it yet."""
-
-    def refuse(value: object) -> None:
-        parse(value)
-        raise ValueError(f"{what} is {LATER}", "remove it: a rule without it means something else")
-
-    return PlainValidator(refuse, json_schema_input_type=Literal[LATER])
-
-
 def _from(parse: Callable[[Any], object], written: Any = str) -> PlainValidator:
     return PlainValidator(parse, json_schema_input_type=written)
 
@@ -221,9 +211,12 @@ class RespondFields(_Model):
 class LimitFields(_Model):
     """What the rule lets through at most."""
 
-    rate: Annotated[tuple[int, float] | None, _later(parse_rate, "a rate")] = None
-    concurrency: Annotated[int, _later(int, "a limit of concurrency")] = 0
-    request_body: Annotated[int | None, _later(parse_size, "a limit of request bodies")] = None
+    rate: Annotated[tuple[int, float] | None, _from(parse_rate)] = None
+    """Requests of one agent in a second, minute, hour or day: `60/m`."""
+    concurrency: Annotated[int, Field(ge=1)] = 0
+    """Requests at a time."""
+    request_body: Annotated[int | None, _from(parse_size, str | int)] = None
+    """Bytes of a request's body."""
     max_url: Annotated[int, Field(ge=1)] = 0
     """Bytes of the whole URL as it was asked for."""
     max_labels: Annotated[int, Field(ge=1)] = 0

@@ -24,6 +24,7 @@ from proxy.gateway import Gateway
 from proxy.gatewaykeys import GatewayKeys
 from proxy.identity import Identity, Issuer
 from proxy.killswitch import KillSwitch
+from proxy.limiter import Limiter
 from proxy.masterkey import load_master_key
 from proxy.metrics import Metrics
 from proxy.problem import UserError
@@ -75,6 +76,7 @@ class Runtime:
             self.follower.subscribe(AGENTS, self._end_authorities)
         self.rules = Rules(settings.rules, self.metrics.reloaded)
         self.gateway = Gateway(lambda: self.rules.policy, self.clock)
+        self.limiter = self.gateway.limiter = Limiter(store, lambda: self.follower.up, time.monotonic)
         self.issuers: list[Issuer] = []
         self.identity = Identity(
             self.registry,
@@ -110,6 +112,7 @@ class Runtime:
     async def _load(self) -> None:
         self.kill_switch.look()
         self._spawn(self.kill_switch.run())
+        self._spawn(self.limiter.run())
         try:
             await self._open_vault()
         except StoreUnavailable as error:
@@ -154,6 +157,9 @@ class Runtime:
 
     def record(self, exchange: Exchange) -> None:
         """Put one ended exchange on record."""
+        exchange.ended = True
+        if exchange.held:
+            self.limiter.release(exchange)
         self.metrics.record(exchange)
         self.audit.record(exchange)
 

@@ -160,6 +160,10 @@ class Store:
         """A value that `set_once` set, or None."""
         return _text(await self._ask(self._client.get(PREFIX + key)))
 
+    async def run(self, script: str, key: str, *arguments: str | float) -> Any:
+        """What a Lua script says that touches this one key."""
+        return await self._ask(self._client.eval(script, 1, PREFIX + key, *arguments))
+
     async def changes_since(self, since: Revision) -> tuple[Revision, set[str] | None]:
         """The present revision and the `table/name`s changed after `since`; None means that anything may have."""
         arguments = (since.run, since.number, FEED)

@@ -43,11 +43,14 @@ PINNED: ContextVar[Route | None] = ContextVar("pinned", default=None)
 class Refused(Exception):
     """A request is refused; the decision says why."""
 
-    def __init__(self, reason: Reason, detail: str = "", decision: Decision | None = None) -> None:
+    def __init__(
+        self, reason: Reason, detail: str = "", decision: Decision | None = None, *, retry_after: int = 5
+    ) -> None:
         self.reason = reason
         self.detail = detail
         self.rule = decision.rule if decision else None
         self.limit = decision.limit if decision else ""
+        self.retry_after = retry_after  # seconds
         super().__init__(reason)
 
 

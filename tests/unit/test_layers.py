@@ -26,7 +26,7 @@ LAYERS = {
     ),
     4: (
         "admin agentca audit ca certificate embedded files follow gateway gatewaykeys guard guesses identity "
-        "killswitch masterkey metrics parent poller records registry rollback rotation running sandboxenv "
+        "killswitch limiter masterkey metrics parent poller records registry rollback rotation running sandboxenv "
         "settings settingvalue snapshot store upstream vault"
     ),
     5: "addon cut flow lane layers peer pool relay runtime server strict1 strict2 tls",

@@ -49,7 +49,7 @@ def test_an_editor_accepts_what_loads(path: Path) -> None:
         "{name: a, action: block, match: }",
         "{name: a, action: block, match: {host: []}}",
         "{name: a, action: block, match: {body: {}}}",
-        "{name: a, action: block, limits: {rate: 1/m}}",
+        "{name: a, action: block, limits: {rate: 1}}",
         "{name: a, action: allow, inject: [{credential: k, as: bearr}]}",
         "{name: a, action: allow, inject: [{credential: k, as: {basic: {}, bearer: {}}}]}",
     ],
