@@ -92,6 +92,21 @@ TEETH: tuple[Tooth, ...] = (
         'self._cut_short(client, "CONNECT", Reason.PROTOCOL_NOT_ALLOWED)',
         "test_identity.py -k handshake",
     ),
+    # Exhaustion
+    Tooth(
+        "rate",
+        "limiter.py",
+        "        if limits.rate:\n",
+        "        if False:\n",
+        "test_limits.py -k no_more_than_the_rate",
+    ),
+    Tooth(
+        "body-size",
+        "addon.py",
+        "            if left < 0:\n",
+        "            if False:\n",
+        "test_limits.py -k chunks",
+    ),
     # The kill switch
     Tooth(
         "kill-cuts",
