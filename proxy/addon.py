@@ -103,6 +103,7 @@ class Addon:
         self.peers: dict[str, Peer] = {}
         self.listeners: dict[int, Listener] = {}
         self.by_agent: dict[str, set[str]] = defaultdict(set)
+        self.draining = False  # connections end with the answer that comes next
         self._guesses = Guesses()
         # By where to and what is sent there; good for as long as no other credential is opened or closed.
         self._replacers: dict[
@@ -430,6 +431,7 @@ class Addon:
         exchange.upstream_duration = time.perf_counter() - state.sent_at
         peername = flow.server_conn.peername
         exchange.upstream_ip = peername[0] if peername else ""
+        state.close = state.close or (self.draining and not flow.request.is_http2)
         flows.clean_response_headers(flow, state.response_edits, state.redactor)
         if state.whole is not None:
             size = len(state.whole)
@@ -606,6 +608,7 @@ class Addon:
             self.runtime.metrics.limit_exceeded(exchange.agent_id, refused.rule.name, refused.limit)
         exchange.status = refused.reason.status
         exchange.injected, state.decided, state.answered = (), False, True
+        state.close = state.close or (self.draining and not flow.request.is_http2)
         flow.request.stream = False
         flow.response = flows.refusal(refused, exchange, state.view)
         if flow.request.method == "CONNECT":

@@ -52,6 +52,10 @@ class Status:
     store_up: bool = False
     reload_problems: Sequence[str] = ()  # of the last reload; the rules before it are in force
     audit_problem: str = "the audit log is not open"
+    workers: Sequence[Mapping[str, object]] = ()  # none: one process does everything
+    reloads: int = 0  # how often the workers were to be replaced
+    reload_problem: str = ""  # why the last time failed
+    awaiting_restart: Sequence[str] = ()  # settings that were changed and that a reload cannot change
 
     def not_ready(self) -> dict[str, str]:
         """What stands against serving, each with why."""
@@ -67,7 +71,8 @@ class Status:
 
     def as_json(self) -> dict[str, object]:
         """The fields, in plain dicts and lists; `asdict` would break a Counter and cannot copy a read-only mapping."""
-        plain = {"agents": dict(self.agents), "reload_problems": list(self.reload_problems)}
+        plain: dict[str, object] = {"agents": dict(self.agents), "reload_problems": list(self.reload_problems)}
+        plain |= {"workers": [dict(worker) for worker in self.workers], "awaiting_restart": [*self.awaiting_restart]}
         return {each.name: plain.get(each.name, getattr(self, each.name)) for each in fields(self)}
 
 

@@ -2,7 +2,7 @@
 
 A group of lines is on disk wholly or not at all, unless the process is killed in the middle of a write: then at most
 the exchanges that were not synced yet are lost, and the torn line is ended when the log is opened again. One process
-writes one file.
+writes one file; workers hand theirs to it (see `auditlink`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import Protocol
 
 from proxy.exchange import Exchange
 from proxy.problem import UserError
@@ -30,15 +31,31 @@ _unicode = json.JSONEncoder(allow_nan=False, separators=(",", ":"), ensure_ascii
 _sync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
-class _File:
-    """The log on disk, whole lines only."""
+class Sink(Protocol):
+    """Where whole lines go."""
 
-    def __init__(self, path: Path) -> None:
+    def append(self, data: bytes) -> None:
+        """Keep all of them or none. May block. Raises OSError; the same lines may be tried again then."""
+
+    def close(self) -> None:
+        """Nothing follows."""
+
+
+class AuditFile:
+    """The log on disk, whole lines only, and its copy on standard output if `stdout`."""
+
+    def __init__(self, path: Path, stdout: bool = False) -> None:
+        """Raises UserError when the file cannot be opened."""
         self._path = path
+        self._stdout = stdout
         self._fd = -1
         self._regular = False
         self._torn = False  # the file ends in the middle of a line
-        self._open()
+        try:
+            self._open()
+        except OSError as error:
+            words = (error.strerror or "cannot be opened").lower()
+            raise UserError(f"audit {path}: {words}; make its folder writable or set audit.file:") from None
 
     def append(self, data: bytes) -> None:
         """Write and sync whole lines, all or none of them.
@@ -57,8 +74,13 @@ class _File:
             self._torn = self._torn or (written > 0 and not self._cut_back(before))
             raise
         self._torn = False
+        if self._stdout:
+            with contextlib.suppress(OSError):  # a copy; the file is the record
+                while data:
+                    data = data[os.write(_STDOUT, data) :]
 
     def close(self) -> None:
+        """Nothing follows."""
         os.close(self._fd)
 
     def _open(self) -> None:
@@ -90,20 +112,16 @@ class _File:
 
 
 class Audit:
-    """Records exchanges to `path` (made with mode 0600), and to standard output as well if `stdout`.
+    """Records exchanges to `path` (made with mode 0600), and to standard output as well if `stdout`; to `sink` instead
+    where there is one.
 
     `on_drop(n)` is told of exchanges that will not be in the log; it is called on any thread. Raises UserError when
     the file cannot be opened.
     """
 
-    def __init__(self, path: Path, stdout: bool, on_drop: Callable[[int], None]) -> None:
-        try:
-            self._file = _File(path)
-        except OSError as error:
-            words = (error.strerror or "cannot be opened").lower()
-            raise UserError(f"audit {path}: {words}; make its folder writable or set audit.file:") from None
+    def __init__(self, path: Path, stdout: bool, on_drop: Callable[[int], None], sink: Sink | None = None) -> None:
+        self._file = sink or AuditFile(path, stdout)
         self._path = path
-        self._stdout = stdout
         self._on_drop = on_drop
         self._queue: SimpleQueue[Exchange | None] = SimpleQueue()
         self._closing = threading.Event()
@@ -183,10 +201,6 @@ class Audit:
                 self._on_drop(lines)
                 break
             self._closing.wait(RETRY)
-        if self._stdout:
-            with contextlib.suppress(OSError):  # a copy; the file is the record
-                while data:
-                    data = data[os.write(_STDOUT, data) :]
 
 
 def _fields(exchange: Exchange) -> dict[str, object]:

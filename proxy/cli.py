@@ -7,12 +7,13 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proxy import __version__, killswitch
 from proxy.agent import NEVER, Agent, AgentState
@@ -25,12 +26,15 @@ from proxy.problem import Problems, UserError
 from proxy.quantity import parse_duration
 from proxy.registry import Registry
 from proxy.rotation import begin, finish, load_authority, shown
-from proxy.running import Running
+from proxy.running import Running, fetch_status
 from proxy.sandboxenv import FORMATS, Bundle, ca_bundle, refresh_bundle, variables, write_bundle
 from proxy.settings import Settings, load_settings, settings_schema
 from proxy.snapshot import read_policy
 from proxy.store import Store, StoreUnavailable
 from proxy.vault import Entry, Vault
+
+if TYPE_CHECKING:
+    from proxy.admin import Status
 
 type Arguments = argparse.Namespace
 type Command = Callable[[Arguments], int]
@@ -87,32 +91,37 @@ def with_store[T](settings: Settings, work: Callable[[Store], Awaitable[T]]) -> 
 
 
 def _run(arguments: Arguments) -> int:
-    from proxy.runtime import Runtime
-    from proxy.server import serve  # mitmproxy takes half a second to import
-
     settings = settings_of(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
 
-    def ready(runtime: Runtime, running: Running) -> None:
-        for problem in (*runtime.rules.problems, *runtime.rules.warnings):
+    def ready(status: Status, problems: Sequence[str], running: Running) -> None:
+        for problem in problems:
             print(problem, file=sys.stderr)
-        _print_ready(settings, runtime, running)
+        _print_ready(settings, status, running)
 
-    asyncio.run(serve(settings, os.environ, ready))
+    if settings.workers > 1:
+        from proxy.supervisor import supervise
+
+        asyncio.run(supervise(settings, lambda: settings_of(arguments), ready))
+    else:
+        from proxy.server import serve  # mitmproxy takes half a second to import
+
+        asyncio.run(serve(settings, os.environ, ready))
     return OK
 
 
-def _print_ready(settings: Settings, runtime: Any, running: Running) -> None:
-    policy = runtime.rules.policy
-    rules = f"{len(policy.rules)} from {settings.rules}" if policy else f"none: {settings.rules} is broken (see above)"
+def _print_ready(settings: Settings, status: Status, running: Running) -> None:
+    broken = f"none: {settings.rules} is broken (see above)"
+    rules = f"{status.rules} from {settings.rules}" if status.policy else broken
     listeners = ", ".join(f"http://{address}" for address in running.listen)
+    workers = f"\n  workers  {settings.workers}" if settings.workers > 1 else ""
     print(
         f"""Sallyport {__version__}
   proxy    {listeners}
   admin    http://{running.admin}/metrics  /healthz  /readyz  /api/status
   CA       {settings.certs / "ca.pem"}
   rules    {rules}
-  store    {settings.store}
+  store    {settings.store}{workers}
 
 Next, in another shell:
   sallyport agent add coder-1                  register a sandbox
@@ -120,6 +129,28 @@ Next, in another shell:
   curl https://api.github.com/zen              goes out if a rule allows it""",
         flush=True,
     )
+
+
+def _reload(arguments: Arguments) -> int:
+    running = Running.read(settings_of(arguments))  # what is wrong with the settings is told here, with its place
+    if running is None:
+        raise UserError("no proxy runs here with these settings: sallyport run")
+    before = fetch_status(running.reachable_admin)
+    if not before["workers"]:
+        raise UserError(
+            "this proxy is one process, which cannot be replaced while it serves: set workers: 2 and restart it "
+            "(rules, agents and credentials need no reload)"
+        )
+    os.kill(running.process, signal.SIGUSR2)
+    while (status := fetch_status(running.reachable_admin))["reloads"] == before["reloads"]:
+        time.sleep(0.1)
+    if status["reload_problem"]:
+        raise UserError(f"the old workers go on: {status['reload_problem']}")
+    for name in status["awaiting_restart"]:
+        print(f"note: {name}: waits for a restart of the proxy", file=sys.stderr)
+    there = [worker for worker in status["workers"] if not worker["leaving"]]
+    print(f"{len(there)} workers are new; the old ones end with their last connection", file=sys.stderr)
+    return OK
 
 
 def _demo(arguments: Arguments) -> int:
@@ -590,6 +621,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = verb(verbs, "demo", _demo, "tell the whole story in a minute, offline")
     demo.add_argument("--keep", metavar="DIR", help="keep the demo's files in DIR")
     verb(verbs, "run", _run, "start the proxy in the foreground")
+    verb(verbs, "reload", _reload, "replace the workers of the running proxy, one by one")
     check = verb(verbs, "check", _check, "validate settings and rules")
     check.add_argument(
         "paths", nargs="*", metavar="PATH", help="rule files or folders (default: those of the settings)"

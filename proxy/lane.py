@@ -160,18 +160,25 @@ class Lane:
             sock.close()
         self._listening.clear()
 
-    async def drain(self, hurry: asyncio.Event, patience: float) -> None:
-        """Accept nothing more; let exchanges finish until `hurry`, at most `patience` seconds; cut the rest."""
+    @property
+    def alive(self) -> bool:
+        """Whether a connection is left, which may still go to the stack."""
+        return bool(self.connections or self.strangers)
+
+    async def drain(self, hurry: asyncio.Event, patience: float, grace: float = 0.0) -> None:
+        """Accept nothing more; let exchanges finish until `hurry`, at most `patience` seconds; cut the rest. Who has
+        none is cut after `grace` seconds without one."""
         self.stop_listening()
-        for stranger in list(self.strangers):
-            stranger.abort()
-        deadline = self.poller.now() + patience
-        while self.connections and not hurry.is_set() and self.poller.now() < deadline:
-            for connection in list(self.connections.values()):
-                if not connection.busy:
+        deadline, idle = self.poller.now() + patience, dict[Connection, float]()
+        while self.alive and not hurry.is_set() and self.poller.now() < deadline:
+            now = self.poller.now()
+            there = [*self.connections.values(), *self.strangers]
+            idle = {connection: idle.get(connection, now) for connection in there if not connection.busy}
+            for connection, since in idle.items():
+                if since <= now - grace:
                     connection.abort()
             await asyncio.sleep(DRAIN_STEP)
-        for connection in list(self.connections.values()):
+        for connection in [*self.connections.values(), *self.strangers]:
             connection.abort()
 
     def close(self) -> None:

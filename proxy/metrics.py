@@ -14,7 +14,7 @@ import platform
 import threading
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from importlib import metadata
 from typing import Any
@@ -46,6 +46,7 @@ _FAMILIES = {  # attribute of _Series: metric, labels after `agent`, help
 }
 _RULES, _DROPPED, _SERIES_DROPPED = "rule_requests_total", "audit_dropped_total", "agent_series_dropped_total"
 _PROOFS = "identity_proofs_total"
+_RESTARTS = "worker_restarts_total"
 _RELOADED = "rules_last_reload_success_timestamp_seconds"
 type _Families = dict[str, tuple[tuple[str, ...], str]]  # metric: labels, help
 _COUNTERS: _Families = {
@@ -56,6 +57,7 @@ _COUNTERS: _Families = {
     _DROPPED: ((), "Exchanges missing in the audit log."),
     _PROOFS: (("proof",), "Identified exchanges by the kind of proof."),
     "certificates_minted_total": ((), "Leaf certificates made."),
+    _RESTARTS: (("worker",), "Workers that ended by themselves and were replaced."),
 }
 _GAUGES: _Families = {
     "connections": (("listener",), "Open client connections."),
@@ -157,6 +159,14 @@ class Metrics:
     def vault_operation(self, operation: str, result: str) -> None:
         """The vault did `operation` (put, open, ...) with `result` (ok, missing, ...): fixed words both."""
         self._counters["vault_operations_total"][operation, result] += 1
+
+    def expect_workers(self, numbers: Iterable[int]) -> None:
+        """These workers are there, and have not been replaced yet: increase() must see the first time."""
+        self._counters[_RESTARTS].update({(str(number),): 0 for number in numbers})
+
+    def worker_restarted(self, number: int) -> None:
+        """A worker ended although nobody told it to."""
+        self._counters[_RESTARTS][str(number),] += 1
 
     def reloaded(self, ok: bool, rules: int, when: float) -> None:
         """Rules were loaded at `when` (Unix seconds); if not `ok`, the `rules` before stay in force and are not set."""

@@ -6,23 +6,28 @@ import contextlib
 import fcntl
 import json
 import os
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from proxy.files import open_lock, own_dir, write_private
 from proxy.problem import UserError
 from proxy.settings import Settings
 
+PATIENCE = 10.0  # seconds for an answer of the endpoint
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # HTTP_PROXY may be this proxy
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104  # replaced, not bound
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """The bound addresses, `host:port` each."""
+    """The bound addresses, `host:port` each, and the process that commands may signal."""
 
     listen: tuple[str, ...]
     admin: str
+    process: int = 0
 
     def write(self, state: Path) -> None:
         """Leave it in the state directory."""
@@ -33,7 +38,8 @@ class Running:
         """What the proxy of these settings wrote; None where none runs on this host."""
         try:
             data = json.loads(_file(settings.state).read_bytes())
-            return Running(tuple(data["listen"]), data["admin"]) if _is_claimed(settings.state) else None
+            running = Running(tuple(data["listen"]), data["admin"], data["process"])
+            return running if _is_claimed(settings.state) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -50,8 +56,30 @@ class Running:
     @property
     def reachable(self) -> str:
         """The first listener as a client on this host reaches it."""
-        host, _, port = self.listen[0].rpartition(":")
-        return f"{_WILDCARDS.get(host, host)}:{port}"
+        return _reachable(self.listen[0])
+
+    @property
+    def reachable_admin(self) -> str:
+        """The admin endpoint as a command on this host reaches it."""
+        return _reachable(self.admin)
+
+
+def fetch_status(admin: str) -> dict[str, Any]:
+    """What the proxy with this endpoint says of itself.
+
+    Raises UserError.
+    """
+    try:
+        with _direct.open(f"http://{admin}/api/status", timeout=PATIENCE) as answer:
+            status: dict[str, Any] = json.load(answer)
+            return status
+    except (OSError, ValueError):
+        raise UserError(f"the proxy's endpoint {admin} does not answer: look at what it logs") from None
+
+
+def _reachable(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    return f"{_WILDCARDS.get(host, host)}:{port}"
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from proxy.address import Host
 from proxy.admin import Admin, Status
 from proxy.agent import AgentState
 from proxy.agentca import AgentAuthorities
-from proxy.audit import Audit
+from proxy.audit import Audit, Sink
 from proxy.ca import Leaf
 from proxy.exchange import Exchange
 from proxy.follow import Follower
@@ -49,7 +49,9 @@ _log = logging.getLogger("sallyport")
 class Runtime:
     """Made by `start`, ended by `stop`. `own` are the addresses that must never be an upstream."""
 
-    def __init__(self, settings: Settings, store: Store, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, settings: Settings, store: Store, environment: Mapping[str, str], sink: Sink | None = None
+    ) -> None:
         self.settings = settings
         self.clock: Callable[[], float] = time.time
         self.own: set[tuple[str, int]] = set()
@@ -91,20 +93,23 @@ class Runtime:
             own=lambda: self.own,
             via=settings.upstream.via,
         )
-        self.audit = Audit(settings.audit.file or Path(os.devnull), settings.audit.stdout, self.metrics.audit_dropped)
+        file = settings.audit.file or Path(os.devnull)
+        self.audit = Audit(file, settings.audit.stdout, self.metrics.audit_dropped, sink)
         self.metrics.watch(self.registry.counts, lambda: self.follower.up)
 
     @classmethod
-    async def start(cls, settings: Settings, environment: Mapping[str, str]) -> Runtime:
-        """A runtime with its rules, agents and vault loaded, as far as store and rules allow.
+    async def start(cls, settings: Settings, environment: Mapping[str, str], sink: Sink | None = None) -> Runtime:
+        """A runtime with its rules, agents and vault loaded, as far as store and rules allow. A worker's audit lines go
+        to `sink`, and its supervisor has claimed the state directory.
 
         Raises UserError.
         """
         async with AsyncExitStack() as held:
-            held.enter_context(claimed(settings.state))
+            if sink is None:
+                held.enter_context(claimed(settings.state))
             store = await Store.open(settings.store.reveal(), settings.state, wait=False)
             held.push_async_callback(store.close)
-            runtime = cls(settings, store, environment)
+            runtime = cls(settings, store, environment, sink)
             await runtime._load()
             runtime._held = held.pop_all()
         return runtime

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
+import os
 import resource
 import select
 import signal
 import socket
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,17 +25,17 @@ from mitmproxy.proxy.layers.http import HTTPMode
 from mitmproxy.proxy.layers.modes import HttpProxy
 
 from proxy.addon import Addon
+from proxy.admin import Status
 from proxy.cut import cut_ended
 from proxy.flow import Tunnel, state_of
 from proxy.guard import where
 from proxy.lane import Lane
 from proxy.layers import ClientTls
-from proxy.problem import UserError
+from proxy.listening import QUEUE, address_of, bind
 from proxy.reason import Reason
 from proxy.running import Running
 from proxy.runtime import Runtime
 from proxy.settings import Settings
-from proxy.settingvalue import Listener
 from proxy.upstream import pin_connections
 
 CONNECT_TIMEOUT = 10.0  # seconds
@@ -241,27 +241,24 @@ class Server:
         self.lane = Lane(runtime, self.addon, self) if fast else None
         runtime.registry.on_change = lambda revoked: cut_ended(self.addon, revoked)
 
-    async def start(self) -> None:
-        """Bind every listener.
+    async def start(self, listening: Sequence[Sequence[socket.socket]] = ()) -> None:
+        """Accept on every listener of the settings, bound here unless `listening` has the sockets of each.
 
         Raises UserError for an address that cannot be had.
         """
         pin_connections(asyncio.get_running_loop())
-        for listener in self.runtime.settings.listen:
-            try:
-                sockets = _bind(listener)
-            except OSError as error:
-                raise UserError(_bind_words(listener, error)) from None
+        listeners = self.runtime.settings.listen
+        for listener, sockets in zip(listeners, listening or map(bind, listeners), strict=True):
             for sock in sockets:
                 host, port = sock.getsockname()[:2]
-                address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+                address = address_of(sock)
                 self.addon.listeners[port] = replace(listener, address=address)
                 self.runtime.own.add((host, port))
                 self.addresses.append(address)
                 if self.lane:
                     self.lane.listen(sock)
                 else:
-                    self._servers.append(await asyncio.start_server(self._serve, sock=sock))
+                    self._servers.append(await asyncio.start_server(self._serve, sock=sock, backlog=QUEUE))
 
     def adopt(self, sock: socket.socket, client: Client | None, tunnel: Tunnel | None, *, decrypted: bool) -> None:
         """Drive a connection that the fast lane hands over."""
@@ -295,12 +292,16 @@ class Server:
         if transport.writer and isinstance(transport.writer, asyncio.StreamWriter):
             transport.writer.transport.abort()
 
-    async def drain(self, hurry: asyncio.Event, patience: float = DRAIN) -> None:
-        """Accept nothing more; let what is under way finish until `hurry`, for at most `patience` seconds; cut it."""
+    async def drain(self, hurry: asyncio.Event, patience: float = DRAIN, grace: float = 0.0) -> None:
+        """Accept nothing more; let what is under way finish until `hurry`, for at most `patience` seconds; cut it.
+
+        A connection without an exchange is cut when it had none for `grace` seconds: its client may be sending now.
+        """
+        self.addon.draining = True
         for server in self._servers:
             server.close()
-        lane = [self.lane.drain(hurry, patience)] if self.lane else []
-        await asyncio.gather(*lane, self._drain_stack(hurry, patience))
+        lane = [self.lane.drain(hurry, patience, grace)] if self.lane else []
+        await asyncio.gather(*lane, self._drain_stack(hurry, patience, grace))
 
     def close(self) -> None:
         """Stop listening, and cut what the lane still has."""
@@ -310,13 +311,14 @@ class Server:
             self.lane.stop_listening()
             self.lane.close()
 
-    async def _drain_stack(self, hurry: asyncio.Event, patience: float) -> None:
+    async def _drain_stack(self, hurry: asyncio.Event, patience: float, grace: float) -> None:
         now = asyncio.get_running_loop().time
-        deadline, idle = now() + patience, set[Handler]()
-        while self._handlers and not hurry.is_set() and now() < deadline:
-            was_idle, idle = idle, {handler for handler in self._handlers.values() if self._is_idle(handler)}
-            for handler in idle & was_idle:  # twice, because an exchange is over just before its last byte is written
-                self.abort(handler.client)
+        deadline, idle = now() + patience, dict[Handler, float]()
+        while (self._handlers or (self.lane and self.lane.alive)) and not hurry.is_set() and now() < deadline:
+            idle = {one: idle.get(one, now()) for one in self._handlers.values() if self._is_idle(one)}
+            for handler, since in idle.items():  # twice, because an exchange is over just before its last byte is sent
+                if since < now() - grace - STEP / 2:
+                    self.abort(handler.client)
             await asyncio.sleep(STEP)
         left = list(self._handlers.values())
         for handler in left:
@@ -332,36 +334,22 @@ class Server:
         return not unsent and not (peer and peer.open)
 
 
-def _bind(listener: Listener) -> list[socket.socket]:
-    """Listening sockets for every address of the listener's host. Raises OSError."""
-    found = socket.getaddrinfo(listener.host, listener.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    sockets = [socket.create_server(info[4][:2], family=info[0], backlog=1024) for info in found]
-    for sock in sockets:  # what it accepts inherits this; asyncio sets it only on sockets whose protocol is not 0
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sockets
-
-
 def _current_task() -> asyncio.Task[Any]:
     task = asyncio.current_task()
     assert task
     return task
 
 
-def _bind_words(listener: Listener, error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return f"listen {listener.address}: the port is in use; stop what uses it, or set listen: to another"
-    words = (error.strerror or "cannot be bound").lower()  # asyncio's own text lists tuples
-    return f"listen {listener.address}: {words}; set listen: to an address of this host"
-
-
-async def serve(settings: Settings, environment: Mapping[str, str], ready: Callable[[Runtime, Running], None]) -> None:
+async def serve(
+    settings: Settings, environment: Mapping[str, str], ready: Callable[[Status, Sequence[str], Running], None]
+) -> None:
     """Run a proxy until SIGTERM or SIGINT; `ready` is told when it takes requests, and where.
 
     Raises UserError.
     """
     loop = asyncio.get_running_loop()
     loop.set_task_factory(asyncio.eager_task_factory)
-    _harden()
+    harden()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)  # first: the store's server must not outlive an interrupted start
@@ -376,15 +364,16 @@ async def serve(settings: Settings, environment: Mapping[str, str], ready: Calla
         await server.start()
         loop.add_signal_handler(signal.SIGUSR1, runtime.kill_switch.pull)
         loop.add_signal_handler(signal.SIGHUP, lambda: asyncio.ensure_future(runtime.rules.reload()))
-        running = Running(tuple(server.addresses), f"{settings.admin.host}:{admin.port}")
+        running = Running(tuple(server.addresses), f"{settings.admin.host}:{admin.port}", os.getpid())
         running.write(settings.state)
-        ready(runtime, running)
+        problems = [str(problem) for problem in (*runtime.rules.problems, *runtime.rules.warnings)]
+        ready(runtime.status(), problems, running)
         await stop.wait()
         stop.clear()
         await server.drain(hurry=stop)  # a second signal does not wait
 
 
-def _harden() -> None:
+def harden() -> None:
     """No core dumps, which would hold secrets; as many descriptors as we may have."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

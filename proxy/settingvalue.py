@@ -12,9 +12,11 @@ from urllib.parse import urlsplit
 
 from proxy.address import Host
 from proxy.agent import parse_agent_id
+from proxy.cpus import usable_cpus
 from proxy.yamltree import kind_of
 
 _STORES = ("redis", "rediss", "redis+sentinel", "redis+cluster")
+MAX_WORKERS = 256
 _LATER = "not available in this version"
 
 
@@ -216,10 +218,12 @@ def not_yet(value: object) -> None:
 
 
 def parse_workers(value: object) -> int:
-    """How many worker processes; one, in this version. Raises ValueError(message[, hint])."""
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 1):
-        raise ValueError(f"more than one worker is {_LATER}", "write 1")
-    if value is True or value != 1 or isinstance(value, float):
+    """How many worker processes; `auto` is one for each CPU we may use. Raises ValueError(message, hint)."""
+    if value == "auto":
+        return min(usable_cpus(), MAX_WORKERS)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_WORKERS:
         got = str(value) if isinstance(value, int) else kind_of(value)
-        raise ValueError(f"expected a number of workers, or auto, got {got}", "write 1")
-    return 1
+        raise ValueError(
+            f"expected a number of workers from 1 to {MAX_WORKERS}, or auto, got {got}", "write 2, or auto"
+        )
+    return value

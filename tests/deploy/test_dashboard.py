@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import subprocess
 import urllib.error
@@ -56,6 +57,7 @@ def busy_metrics() -> Metrics:
     metrics.watch(lambda: {"active": 2, "killed": 1}, lambda: True)
     metrics.reloaded(True, 12, 1_700_000_000.0)
     metrics.connection("127.0.0.1:8080", +1)
+    metrics.watch_processes(lambda: {"1": os.getpid()})
     return metrics
 
 
@@ -89,6 +91,7 @@ def count_everything(metrics: Metrics) -> None:
     metrics.certificate_minted()
     metrics.vault_operation("open", "ok")
     metrics.audit_dropped(1)
+    metrics.worker_restarted(1)
 
 
 def exposed_names() -> set[str]:

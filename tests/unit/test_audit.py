@@ -249,7 +249,7 @@ def test_a_log_that_was_truncated_in_place_has_no_hole(tmp_path: Path, drops: Dr
 def test_cutting_a_failed_group_off_never_lengthens_the_file(tmp_path: Path) -> None:
     """The log was truncated in place between the write and its failure: no hole of NUL bytes."""
     path = tmp_path / "audit.jsonl"
-    file = audit._File(path)
+    file = audit.AuditFile(path)
     file.append(b"{}\n")
     os.truncate(path, 0)
     assert file._cut_back(3)

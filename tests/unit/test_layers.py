@@ -14,22 +14,23 @@ import pytest
 from tests.storage import ROOT
 
 LAYERS = {
-    0: "reason secret problem",
+    0: "problem reason secret",
     1: (
-        "address agent agenttoken clienthello coding exchange forms frames framing http1 pattern proof request series "
-        "url"
+        "address agent agenttoken clienthello coding exchange forms frames framing http1 pattern proof "
+        "request series url"
     ),
-    2: "claims policy grant redact",
+    2: "claims grant policy redact",
     3: (
         "credential explain outbound passthrough plan quantity rulefield rulefile rulemodel rulerisk ruletest "
         "sealing validation yamltree"
     ),
     4: (
-        "admin agentca audit ca certificate embedded files follow gateway gatewaykeys guard guesses identity "
-        "killswitch limiter masterkey metrics parent poller records registry rollback rotation running sandboxenv "
-        "settings settingvalue snapshot store upstream vault"
+        "admin agentca audit auditlink ca certificate cpus embedded files follow gateway gatewaykeys guard "
+        "guesses identity killswitch limiter link listening masterkey metrics parent poller records registry "
+        "rollback rotation running sandboxenv settings settingvalue snapshot store upstream vault "
+        "workerprocess"
     ),
-    5: "addon cut flow lane layers peer pool relay runtime server strict1 strict2 tls",
+    5: "addon cut flow lane layers peer pool relay runtime server strict1 strict2 supervisor tls worker",
     6: "__main__ check cli cligateway demo script",
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules.split()} | {"__init__": 0}

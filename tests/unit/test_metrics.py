@@ -39,6 +39,7 @@ CONTRACT = {  # sample name -> its labels
     "sallyport_audit_dropped_total": set(),
     "sallyport_identity_proofs_total": {"proof"},
     "sallyport_certificates_minted_total": set(),
+    "sallyport_worker_restarts_total": {"worker"},
     "sallyport_build_info": {"version", "mitmproxy", "python"},
     "process_resident_memory_bytes": set(),
 }
@@ -110,6 +111,7 @@ def everything() -> Metrics:
     made.limit_exceeded("coder-1", "github-read", "rate")
     made.connection("127.0.0.1:8080", +1)
     made.vault_operation("open", "ok")
+    made.worker_restarted(1)
     return made
 
 

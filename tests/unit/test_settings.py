@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from proxy.address import Host
+from proxy.cpus import usable_cpus
 from proxy.problem import Problems
 from proxy.settings import Settings, load_settings, settings_schema
 from proxy.settingvalue import Endpoint, Listener, StoreUrl
@@ -178,7 +179,7 @@ def test_a_variable_leaves_its_neighbours_alone(tmp_path: Path) -> None:
         ("STATE", "/abs", "state", "/abs"),
         ("STORE", "redis://h", "store", StoreUrl("redis://h")),
         ("STORE", "", "store", StoreUrl("embedded")),
-        ("WORKERS", "1", "workers", 1),
+        ("WORKERS", "3", "workers", 3),
         ("LANE", "mitmproxy", "lane", "mitmproxy"),
         ("IDENTITY__TOKEN", "false", "identity.token", False),
         ("IDENTITY__NETWORKS", '{"10.0.0.0/8": a}', "identity.networks", {ip_network("10.0.0.0/8"): "a"}),
@@ -249,7 +250,7 @@ _LISTENER_HINT = '\n    hint: write {address: "127.0.0.1:8081", agent: coder-1}'
 _LATER = 'listeners are not available in this version\n    hint: write "127.0.0.1:8080"'
 _STORES = "the store is embedded or a URL beginning with redis://, rediss://, redis+sentinel://, redis+cluster://"
 _HOST_HINT = "\n    hint: write a host name or an IP address"
-_WORKER_WORDS = "more than one worker is not available in this version\n    hint: write 1"
+_WORKER_WORDS, _WORKER_HINT = "expected a number of workers from 1 to 256, or auto", "\n    hint: write 2, or auto"
 _VIA = '\n    hint: write "http://user:password@proxy.example.com:3128"'
 _VIA_ESCAPES = f'{_VIA}; percent-encode "/?#@%" in the password'
 _NULL = "not available in this version\n    hint: remove it, or write null"
@@ -298,12 +299,11 @@ _ID = "use 1 to 63 letters, digits, '.', '_' and '-', beginning with a letter or
         ('store: "redis://h:6379\\n"', f"1:8: {_STORE_WORDS}"),
         ("store: redis://", f"1:8: {_STORE_WORDS}"),
         ("store: [x]", "1:8: expected text, got a list"),
-        ("workers: 2", f"1:10: {_WORKER_WORDS}"),
-        ("workers: auto", f"1:10: {_WORKER_WORDS}"),
-        ("workers: 0", "1:10: expected a number of workers, or auto, got 0\n    hint: write 1"),
-        ("workers: true", "1:10: expected a number of workers, or auto, got True\n    hint: write 1"),
-        ("workers: 1.0", "1:10: expected a number of workers, or auto, got a number\n    hint: write 1"),
-        ("workers: two", "1:10: expected a number of workers, or auto, got text\n    hint: write 1"),
+        ("workers: 0", f"1:10: {_WORKER_WORDS}, got 0{_WORKER_HINT}"),
+        ("workers: 257", f"1:10: {_WORKER_WORDS}, got 257{_WORKER_HINT}"),
+        ("workers: true", f"1:10: {_WORKER_WORDS}, got True{_WORKER_HINT}"),
+        ("workers: 1.0", f"1:10: {_WORKER_WORDS}, got a number{_WORKER_HINT}"),
+        ("workers: two", f"1:10: {_WORKER_WORDS}, got text{_WORKER_HINT}"),
         ("identity: {token: yes}", "1:19: expected true or false, got text"),
         ("identity: {networks: [a]}", "1:22: expected a mapping, got a list"),
         (
@@ -477,3 +477,8 @@ def test_the_schema_shows_settings_as_they_are_written() -> None:
     ]
     lease = schema["$defs"]["Vault"]["properties"]["lease"]
     assert (lease["type"], lease["default"]) == ("string", "60s")
+
+
+def test_auto_is_a_worker_for_each_cpu_we_may_use(tmp_path: Path) -> None:
+    (tmp_path / "sallyport.yaml").write_text("workers: auto\n")
+    assert load_settings(None, {}, {}, tmp_path).workers == usable_cpus()

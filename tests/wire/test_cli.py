@@ -450,7 +450,7 @@ CONFIGS = [
     ("\tstate: x", ":1:1: ", "indent with spaces"),
     ("state: a\nstate: b\n", ":2:1: ", "on line 1 already"),
     ("identity: {jwt: {jwks: x}}", ":1:17: ", "not available in this version"),
-    ("workers: 4", ":1:10: ", "write 1"),
+    ("workers: many", ":1:10: ", "write 2, or auto"),
 ]
 
 
