@@ -127,6 +127,10 @@ def test_the_status_is_json() -> None:
         "store_up": True,
         "reload_problems": [],
         "audit_problem": "",
+        "workers": [],
+        "reloads": 0,
+        "reload_problem": "",
+        "awaiting_restart": [],
     }
 
 
