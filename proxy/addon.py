@@ -353,6 +353,8 @@ class Addon:
     def _stream_request(self, flow: http.HTTPFlow, state: FlowState) -> None:
         request, exchange = flow.request, state.exchange
         assert exchange
+        if state.block and not state.placeholders and not state.block.lengths and not state.block.codings:
+            return  # there is no body
         length = request.headers.get("content-length")
         if state.placeholders and length and int(length) <= self.runtime.settings.limits.buffer:
             return  # held, so that the upstream is told its new length
@@ -650,8 +652,7 @@ class Addon:
 
     def _exchange(self, peer: Peer) -> Exchange:
         now = self.runtime.clock()
-        client = f"{peer.client.peername[0]}:{peer.client.peername[1]}" if peer.client.peername else ""
-        return Exchange(ulid(now), now, peer.listener.address, client)
+        return Exchange(ulid(now), now, peer.listener.address, peer.address)
 
     def _begin(self, flow: http.HTTPFlow, peer: Peer) -> Exchange:
         state = state_of(flow)

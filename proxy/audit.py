@@ -8,16 +8,15 @@ writes one file; workers hand theirs to it (see `auditlink`).
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import stat
 import threading
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
+from proxy.auditline import line
 from proxy.exchange import Exchange
 from proxy.problem import UserError
 
@@ -26,8 +25,6 @@ GROUP = 1_000  # lines in one commit
 LINGER = 0.01  # seconds a group waits for company: 100 syncs a second at most, at any load
 RETRY = 1.0  # seconds between tries while the disk is full or the file cannot be opened
 _STDOUT = 1
-_ascii = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode  # json.dumps would make one a line
-_unicode = json.JSONEncoder(allow_nan=False, separators=(",", ":"), ensure_ascii=False).encode
 _sync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
@@ -161,7 +158,7 @@ class Audit:
         more = True
         while more:
             group, more = self._next_group()
-            lines = [line for exchange in group if (line := self._line(exchange))]
+            lines = [text for exchange in group if (text := self._line(exchange))]
             if lines:
                 self._commit(b"".join(lines), len(lines))
         self._file.close()
@@ -183,7 +180,7 @@ class Audit:
 
     def _line(self, exchange: Exchange) -> bytes:
         try:
-            return _encoded(_fields(exchange))
+            return line(exchange)
         except Exception:  # one odd record must not end the thread that writes all the others
             self._on_drop(1)
             return b""
@@ -201,54 +198,3 @@ class Audit:
                 self._on_drop(lines)
                 break
             self._closing.wait(RETRY)
-
-
-def _fields(exchange: Exchange) -> dict[str, object]:
-    """The contract's fields in its order; what is not known is null. Query values are not in `path`."""
-    agent = exchange.agent
-    time = datetime.fromtimestamp(exchange.time, UTC).isoformat(timespec="microseconds")
-    return {
-        "time": time.replace("+00:00", "Z"),  # RFC 3339 section 5.6
-        "id": exchange.id,
-        "agent": exchange.agent_id or None,
-        "labels": dict(agent.labels) if agent else {},
-        "on_behalf_of": (agent.on_behalf_of if agent else "") or None,
-        "listener": exchange.listener,
-        "identity": list(exchange.identity),
-        "client": exchange.client,
-        "method": exchange.method,
-        "scheme": exchange.scheme,
-        "host": exchange.host,
-        "port": exchange.port,
-        "path": exchange.path.partition("?")[0],
-        "verdict": exchange.verdict,
-        "reason": exchange.reason,
-        "rule": exchange.rule or None,
-        "rule_at": exchange.rule_at or None,
-        "policy": exchange.policy or None,
-        "rewritten": exchange.rewritten,
-        "injected": [
-            {"credential": i.credential, "version": i.version, "location": i.location} for i in exchange.injected
-        ],
-        "redacted": [{"credential": c, "where": w, "count": n} for (c, w), n in exchange.redacted.items()],
-        "status": exchange.status or None,
-        "request_bytes": exchange.request_bytes,
-        "response_bytes": exchange.response_bytes,
-        "duration_ms": round(exchange.duration * 1e3, 3),
-        "decision_us": round(exchange.decision_duration * 1e6, 1),
-        "upstream_ip": exchange.upstream_ip or None,
-        "trace_id": exchange.trace_id or None,
-    }
-
-
-def _encoded(fields: dict[str, object]) -> bytes:
-    """One line of ASCII: control characters, C1 included, reach no terminal.
-
-    A lone surrogate becomes U+FFFD, since strict readers refuse its escape (RFC 8259 section 8.2). Raises ValueError
-    or TypeError for what JSON cannot say.
-    """
-    text = _ascii(fields)
-    if "\\ud" in text:
-        whole = _unicode(fields).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        text = _ascii(json.loads(whole))
-    return text.encode("ascii") + b"\n"

@@ -412,38 +412,39 @@ class Connection:
         """mitmproxy's objects, made without their type checks, which cost more than the rest of a request."""
         now = time.time()
         data = object.__new__(http.RequestData)
-        data.__dict__.update(
-            http_version=head.version,
-            headers=fast_headers(head.headers),
-            content=None,
-            trailers=None,
-            timestamp_start=now,
-            timestamp_end=None,
-            host=authority.decode("latin-1"),
-            port=0,
-            method=head.method,
-            scheme=scheme,
-            authority=authority,
-            path=path,
-        )
+        host = authority.decode("latin-1")
+        data.__dict__ = {
+            "http_version": head.version,
+            "headers": fast_headers(head.block.fields),
+            "content": None,
+            "trailers": None,
+            "timestamp_start": now,
+            "timestamp_end": None,
+            "host": host,
+            "port": 0,
+            "method": head.method,
+            "scheme": scheme,
+            "authority": authority,
+            "path": path,
+        }
         request = object.__new__(http.Request)
-        request.__dict__.update(data=data, stream=False)
+        request.__dict__ = {"data": data, "stream": False}
         flow = object.__new__(http.HTTPFlow)
-        flow.__dict__.update(
-            id="",
-            client_conn=self.client,
-            server_conn=_NOWHERE,
-            live=True,
-            timestamp_created=now,
-            intercepted=False,
-            _resume_event=None,
-            _backup=None,
-            marked="",
-            is_replay=None,
-            metadata={STATE: FlowState(scheme.decode("latin-1"), authority.decode("latin-1"), block=head.block)},
-            comment="",
-            request=request,
-        )
+        flow.__dict__ = {
+            "id": "",
+            "client_conn": self.client,
+            "server_conn": _NOWHERE,
+            "live": True,
+            "timestamp_created": now,
+            "intercepted": False,
+            "_resume_event": None,
+            "_backup": None,
+            "marked": "",
+            "is_replay": None,
+            "metadata": {STATE: FlowState(scheme.decode("latin-1"), host, block=head.block)},
+            "comment": "",
+            "request": request,
+        }
         return flow
 
     async def _exchange(self, head: RequestHead) -> bool:
@@ -727,18 +728,18 @@ class Connection:
 def _response(head: ResponseHead) -> http.Response:
     """mitmproxy's response."""
     data = object.__new__(http.ResponseData)
-    data.__dict__.update(
-        http_version=b"HTTP/1.1",
-        headers=fast_headers(head.headers),
-        content=None,
-        trailers=None,
-        timestamp_start=0.0,
-        timestamp_end=None,
-        status_code=head.status,
-        reason=head.phrase,
-    )
+    data.__dict__ = {
+        "http_version": b"HTTP/1.1",
+        "headers": fast_headers(head.headers),
+        "content": None,
+        "trailers": None,
+        "timestamp_start": 0.0,
+        "timestamp_end": None,
+        "status_code": head.status,
+        "reason": head.phrase,
+    }
     response = object.__new__(http.Response)
-    response.__dict__.update(data=data, stream=False)
+    response.__dict__ = {"data": data, "stream": False}
     return response
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from random import getrandbits
 
 from mitmproxy import connection, http
@@ -21,11 +22,13 @@ _PAIRS = [high + low for high in _CROCKFORD for low in _CROCKFORD]
 
 def ulid(now: float, random: Callable[[int], int] = getrandbits) -> str:
     """A sortable id: 48 bits of milliseconds and 80 random ones, in Crockford's base 32. It is no secret."""
-    number = int(now * 1000) << 80 | random(80)
-    return "".join([_PAIRS[number >> shift & 1023] for shift in _SHIFTS])
+    number = random(80)
+    return _when(int(now * 1000)) + "".join([_PAIRS[number >> shift & 1023] for shift in range(70, -1, -10)])
 
 
-_SHIFTS = range(120, -1, -10)
+@lru_cache(maxsize=4)
+def _when(milliseconds: int) -> str:
+    return "".join([_PAIRS[milliseconds >> shift & 1023] for shift in range(40, -1, -10)])
 
 
 @dataclass(slots=True)
@@ -51,3 +54,8 @@ class Peer:
     open: dict[int, http.HTTPFlow] = field(default_factory=dict)  # not recorded yet
     agents: set[str] = field(default_factory=set)
     http: HttpLayer | None = None  # inside the tunnel
+    address: str = ""
+
+    def __post_init__(self) -> None:
+        peername = self.client.peername
+        self.address = f"{peername[0]}:{peername[1]}" if peername else ""

@@ -74,7 +74,7 @@ def make_plan(policy: Policy, agent: Agent, view: RequestView) -> Plan:
         if limit := rule.url_limit(view):
             decision = Decision(reason=Reason.LIMIT_EXCEEDED, rule=rule, detail=_LIMITS[limit], limit=limit)
             return Plan(decision, tuple(views), tuple(rules))
-        if any(rule is met for met in rules):
+        if rules and any(rule is met for met in rules):
             return Plan(first, tuple(views), tuple(rules))
         rules.append(rule)
         if rule.rewrite is None or rule.respond:

@@ -104,7 +104,7 @@ def _closed(_: object) -> Any:
 class Channel:
     """A connected socket, plain or TLS. At most one strand reads and one writes at a time."""
 
-    __slots__ = ("_pending", "_poller", "_recv", "_send", "_waiting", "fd", "hung_up", "on_event", "sock")
+    __slots__ = ("_pending", "_poller", "_recv", "_send", "_stirred", "_waiting", "fd", "hung_up", "on_event", "sock")
 
     def __init__(self, poller: Poller, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -113,6 +113,7 @@ class Channel:
         self._send: Callable[[bytes | memoryview], int] = sock.send
         self._pending: Callable[[], int] | None = None  # bytes that TLS has deciphered but not given out
         self.fd = sock.fileno()
+        self._stirred = True  # something may have arrived since it was last found empty
         self.on_event: Callable[[bool], None] | None = None  # the peer acted while nobody reads; whether it hung up
         self.hung_up = False  # the peer sends no more, though some of it may still be unread
         self._poller = poller
@@ -130,6 +131,8 @@ class Channel:
         if events & _HUNG_UP:
             self.hung_up = True
             events |= READ | WRITE
+        if events & READ:
+            self._stirred = True
         if self.on_event and events & READ and not any(event == READ for event, _ in self._waiting.values()):
             _call(self.on_event, bool(events & _HUNG_UP))
         for strand in [strand for strand, (event, _) in self._waiting.items() if event & events]:
@@ -174,8 +177,12 @@ class Channel:
 
     def unread(self) -> int:
         """Bytes that have arrived and were not read."""
+        if not self._stirred:
+            return 0
         ioctl(self.fd, FIONREAD, _COUNT)
-        return _COUNT[0] or (self._pending() if self._pending else 0)
+        count = _COUNT[0] or (self._pending() if self._pending else 0)
+        self._stirred = count > 0
+        return count
 
     async def recv_more(self, seconds: float) -> bytes:
         """As `recv`, and for TLS what further records have arrived too, up to some `CHUNK`."""

@@ -25,7 +25,7 @@ LAYERS = {
         "sealing validation yamltree"
     ),
     4: (
-        "admin agentca audit auditlink ca certificate cpus embedded files follow gateway gatewaykeys guard "
+        "admin agentca audit auditline auditlink ca certificate cpus embedded files follow gateway gatewaykeys guard "
         "guesses identity killswitch limiter link listening masterkey metrics parent poller records registry "
         "rollback rotation running sandboxenv settings settingvalue snapshot store upstream vault "
         "workerprocess"
