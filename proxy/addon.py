@@ -43,6 +43,7 @@ from proxy.redact import Replacer, secret_replacer
 from proxy.relay import RelayLayer
 from proxy.request import Ambiguous, RequestView
 from proxy.settingvalue import Listener
+from proxy.signing import sign_request
 from proxy.strict1 import LATE_HEAD, StrictServer
 from proxy.strict2 import StrictServer2
 from proxy.upstream import PINNED, Refused, Upstream
@@ -344,7 +345,11 @@ class Addon:
         if outbound.body:
             state.body_credentials = tuple(opened for _, opened in outbound.body)
             state.placeholders = Replacer(body_placeholders(outbound))
-        self._stream_request(flow, state)
+        if outbound.signing:
+            now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self.runtime.clock()))
+            state.sign = sign_request(flow, target, outbound.signing, self.runtime.settings.limits.buffer, now)
+        if state.sign is None:
+            self._stream_request(flow, state)
         if state.body_limit:
             flow.request.stream = self._bounded(flow, *state.body_limit)
         state.sent_at = time.perf_counter()
@@ -417,6 +422,8 @@ class Addon:
                 flow.request.raw_content = body
                 flow.request.headers["content-length"] = str(len(body))
                 flows.note_body_injections(state, found)
+            if state.sign:
+                state.sign(body)
 
     # Responses
 

@@ -19,10 +19,13 @@ KINDS: Mapping[str, tuple[str, ...]] = {  # kind -> the fields it may have
     "query": ("name",),
     "cookie": ("name",),
     "placeholder": ("placeholder",),
+    "sigv4": ("service", "region"),
 }
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
+_AWS_KEY = re.compile(rb"[A-Za-z0-9_]{4,128}:[A-Za-z0-9+/=_.-]{8,}(?::[A-Za-z0-9+/=_.-]+)?")
+_AWS_WORD = re.compile(r"[a-z0-9][a-z0-9-]*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -64,6 +67,13 @@ def check_secret(secret: Secret, kind: str) -> None:
             f"the secret has a line break or NUL inside, which kind {kind} cannot carry: "
             "give a single line, or use --kind placeholder"
         )
+    if kind == "sigv4" and not is_aws_key(value):
+        raise UserError("the secret of kind sigv4 is ACCESS_KEY_ID:SECRET_ACCESS_KEY, or that and :SESSION_TOKEN")
+
+
+def is_aws_key(secret: bytes) -> bool:
+    """Whether a secret is `ACCESS_KEY_ID:SECRET_ACCESS_KEY`, with `:SESSION_TOKEN` where there is one."""
+    return _AWS_KEY.fullmatch(secret) is not None
 
 
 def clean_secret(data: bytes, kind: str) -> tuple[Secret, list[str]]:
@@ -97,10 +107,17 @@ def _not_a_token(value: str) -> str:
     return "" if _TOKEN.fullmatch(value) else f"is {value!r}, which has characters a name cannot have"
 
 
+def no_aws_word(value: str) -> str:
+    """What is wrong with the name of a service or region; an empty text if nothing."""
+    return "" if _AWS_WORD.fullmatch(value) else f"is {value!r}: write it as AWS does, such as s3 or eu-central-1"
+
+
 _WRONG: Mapping[tuple[str, str], Callable[[str], str]] = {
     ("header", "name"): _not_a_token,
     ("cookie", "name"): _not_a_token,
     ("header", "value"): lambda value: "" if "{secret}" in value else "must contain {secret}, where the secret goes",
+    ("sigv4", "service"): no_aws_word,
+    ("sigv4", "region"): no_aws_word,
     # A colon would end the user name early (RFC 7617 section 2).
     ("basic", "username"): lambda value: "must not contain a colon" if ":" in value else "",
 }

@@ -156,6 +156,9 @@ def location(injection: Injection) -> str:
     match injection.kind:
         case "bearer" | "basic":
             return f"header authorization ({injection.kind})"
+        case "sigv4":
+            scope = "/".join(filter(None, map(injection.options.get, ("region", "service"))))
+            return f"header authorization (sigv4{f' for {scope}' if scope else ''})"
         case "header":
             return f"header {name.lower()}"
         case "query":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -62,6 +62,7 @@ class FlowState:
     decided: bool = False
     answered: bool = False  # by us: there is no upstream
     placeholders: Replacer | None = None
+    sign: Callable[[bytes], None] | None = None  # waits for the body
     body_credentials: tuple[Opened, ...] = ()
     redactor: Replacer | None = None
     response_edits: tuple[Edit, ...] = ()

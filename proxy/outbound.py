@@ -9,10 +9,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from urllib.parse import quote, unquote, unquote_plus, unquote_to_bytes
 
+from proxy.credential import is_aws_key
 from proxy.exchange import Injected
 from proxy.policy import Edit, Injection, Rewrite
 from proxy.request import DEFAULT_PORTS, Ambiguous, Field, RequestView, fold, is_own_header, strip_headers
 from proxy.secret import Secret
+from proxy.sigv4 import (
+    OBJECT_STORES,
+    Scope,
+    authorization,
+    canonical_request,
+    is_of_signature,
+    sent_path,
+    sent_query,
+    signature,
+    signed_headers,
+)
 
 _HEADER_KINDS = frozenset({"bearer", "basic", "header", "cookie"})
 _NO_HEADER_BYTE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110 section 5.5
@@ -41,6 +53,17 @@ class Outbound:
     injected: tuple[Injected, ...] = ()
     sent: tuple[tuple[str, bytes], ...] = ()  # credential -> each form in which its secret was sent
     body: tuple[tuple[bytes, Opened], ...] = ()  # placeholder -> what replaces it while the body streams by
+    signing: Signing | None = None  # what is left to do when the head is written and the body known
+
+
+@dataclass(frozen=True, slots=True)
+class Signing:
+    """An AWS signature to be added; `declared` is what the agent said of its body."""
+
+    opened: Opened
+    service: str
+    region: str
+    declared: str
 
 
 def rewrite(view: RequestView, change: Rewrite) -> RequestView:
@@ -112,6 +135,8 @@ def inject(outbound: Outbound, injection: Injection, opened: Opened) -> Outbound
     if kind == "query":
         query = _edit_query(view.query, Edit(set={options["name"]: secret.decode(errors="surrogateescape")}))
         return _with(outbound, replace(view, query=query), opened, f"query:{options['name']}", secret)
+    if kind == "sigv4":
+        return _prepare_signing(outbound, opened, options)
     if kind == "cookie":
         if b";" in secret:
             raise InjectionError("the secret holds a semicolon, where a cookie ends")
@@ -120,6 +145,44 @@ def inject(outbound: Outbound, injection: Injection, opened: Opened) -> Outbound
         headers = (*strip_headers(view.headers, [b"cookie"]), (b"Cookie", cookie))
         return _with(outbound, replace(view, headers=headers), opened, f"cookie:{name}", secret)
     raise InjectionError("the rule does not say how to add the credential, and neither does its kind")
+
+
+def _prepare_signing(outbound: Outbound, opened: Opened, options: Mapping[str, str]) -> Outbound:
+    """The agent's own signature taken out, path and query spelt as they are signed."""
+    view = outbound.view
+    declared = b",".join(value for name, value in view.headers if fold(name) == b"x-amz-content-sha256")
+    headers = tuple(field for field in view.headers if not is_of_signature(field[0]))
+    signing = Signing(opened, options["service"], options["region"], declared.decode("latin-1"))
+    _, secret_key, token = _aws_key(opened)
+    view = replace(view, headers=headers, path=sent_path(view.path), query=sent_query(view.query))
+    outbound = _with(outbound, view, opened, "sigv4", *filter(None, (secret_key, token)))
+    return replace(outbound, signing=signing)
+
+
+def _aws_key(opened: Opened) -> tuple[bytes, bytes, bytes]:
+    """Access key id, secret access key, session token (which may be empty)."""
+    secret = opened.secret.reveal()
+    if not is_aws_key(secret):
+        raise InjectionError("the secret is not ACCESS_KEY_ID:SECRET_ACCESS_KEY")
+    access_key, secret_key, *token = secret.split(b":", 2)
+    return access_key, secret_key, token[0] if token else b""
+
+
+def sign(view: RequestView, signing: Signing, payload: str, stamp: str) -> list[Field]:
+    """The headers that sign `view` with a body of hash `payload` at `stamp` (UTC, `20150830T123600Z`).
+
+    Raises InjectionError.
+    """
+    access_key, secret_key, token = _aws_key(signing.opened)
+    scope = Scope(signing.service, signing.region, stamp)
+    added: list[Field] = [(b"X-Amz-Date", stamp.encode()), (b"X-Amz-Content-Sha256", payload.encode())]
+    if token:
+        added.append((b"X-Amz-Security-Token", token))
+    headers = signed_headers([(b"host", view.authority.encode()), *view.headers, *added])
+    again = signing.service not in OBJECT_STORES
+    canonical = canonical_request(view.method, view.path, view.query, headers, payload, encode_again=again)
+    value = authorization(access_key.decode("latin-1"), scope, headers, signature(canonical, scope, secret_key))
+    return [*added, (b"Authorization", value.encode("latin-1"))]
 
 
 def _check_header(secret: bytes) -> None:

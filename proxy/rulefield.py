@@ -183,8 +183,6 @@ def parse_credential(value: object) -> str:
 def parse_inject_kind(value: object) -> str:
     """How a credential is added."""
     text = parse_text(value)
-    if text == "sigv4":
-        raise ValueError(f"sigv4 is {LATER}", "")
     if text not in INJECT_KINDS:
         hint = did_you_mean(text, INJECT_KINDS) or f"use one of {', '.join(INJECT_KINDS)}"
         raise ValueError(f'unknown kind "{text}"', hint)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from proxy.credential import KINDS
+from proxy.credential import KINDS, no_aws_word
 from proxy.policy import AgentMatch, Answer, Edit, Injection, Limits, Match, Policy, Rewrite, Rule, Verdict
 from proxy.problem import Problem, Problems
 from proxy.rulefield import parse_header_name, parse_header_value, parse_token
@@ -175,6 +175,9 @@ class _Reader:
         for index, entry in enumerate(entries):
             injection = self._injection(entry, (*path, index))
             injections.append(injection)
+            if index and injections[index - 1].kind == "sigv4":
+                message = "it would change what the signature before it is of"
+                self.report((*path, index), message, "put the sigv4 credential last")
             for place in _places(injection):
                 if place in places:
                     message = f"two credentials for one place, {place}: only the last would be sent"
@@ -259,6 +262,8 @@ def _wrong(kind: str, name: str, value: Any) -> tuple[str, str] | None:
         return error.args[0], error.args[1]
     if name == "value" and "{secret}" not in value:
         return "the value holds no {secret}", 'write "{secret}" where the secret shall stand'
+    if kind == "sigv4" and (mistake := no_aws_word(value)):
+        return f"the {name} {mistake}", ""
     if name == "username" and ":" in value:
         return "a user name holds no colon", ""  # RFC 7617 section 2
     return None
@@ -267,7 +272,7 @@ def _wrong(kind: str, name: str, value: Any) -> tuple[str, str] | None:
 def _places(injection: Injection) -> tuple[str, ...]:
     """What an injection fills; what only the credential's kind knows is left out."""
     match injection.kind:
-        case "bearer" | "basic":
+        case "bearer" | "basic" | "sigv4":
             return ("header authorization",)
         case "header":
             return (f"header {injection.options.get('name', '').lower()}",)

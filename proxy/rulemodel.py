@@ -169,11 +169,14 @@ class RewriteFields(_Model):
 
 
 class InjectOptions(_Model):
-    """What a kind takes: basic `username`; header `name`, `value`; query, cookie `name`; placeholder the last two."""
+    """What a kind takes: basic `username`; header `name`, `value`; query, cookie `name`; sigv4 `service`, `region`;
+    placeholder the last two."""
 
     username: _Name = ""
     name: _Name = ""
     value: _Name = ""
+    service: _Name = ""
+    region: _Name = ""
     in_: Annotated[tuple[Literal["header", "query", "path", "body"], ...], _SOME, _MANY] = Field(default=(), alias="in")
     placeholder: _Name = ""
 

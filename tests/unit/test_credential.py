@@ -94,3 +94,29 @@ def test_no_message_quotes_the_secret() -> None:
     with pytest.raises(UserError) as caught:
         check_secret(Secret(b"hunter2\nhunter2"), "bearer")
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "right"),
+    [
+        (b"AKIDEXAMPLE:wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY", True),
+        (b"ASIDEXAMPLE:wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY:FwoGZXIvYXdz/+=", True),
+        (b"wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY", False),
+        (b"AKIDEXAMPLE:", False),
+        (b"AKIDEXAMPLE:wJalrXUtnFEMI and more", False),
+    ],
+)
+def test_an_aws_secret_has_its_key_id_with_it(data: bytes, right: bool) -> None:
+    if right:
+        assert clean_secret(data, "sigv4")[0].reveal() == data
+        return
+    with pytest.raises(UserError, match="ACCESS_KEY_ID:SECRET_ACCESS_KEY") as error:
+        clean_secret(data, "sigv4")
+    assert "wJal" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["S3", "eu central 1", "-x"])
+def test_a_service_or_region_is_spelt_as_aws_spells_it(value: str) -> None:
+    for field in ("service", "region"):
+        with pytest.raises(UserError, match="write it as AWS does"):
+            check_kind("sigv4", {field: value})

@@ -19,7 +19,7 @@ LAYERS = {
         "address agent agenttoken clienthello coding exchange forms frames framing http1 pattern proof "
         "request series url"
     ),
-    2: "claims grant policy redact",
+    2: "claims grant policy redact sigv4",
     3: (
         "credential explain outbound passthrough plan quantity rulefield rulefile rulemodel rulerisk ruletest "
         "sealing validation yamltree"
@@ -30,7 +30,7 @@ LAYERS = {
         "rollback rotation running sandboxenv settings settingvalue snapshot store upstream vault "
         "workerprocess"
     ),
-    5: "addon cut flow lane layers peer pool relay runtime server strict1 strict2 supervisor tls worker",
+    5: ("addon cut flow lane layers peer pool relay runtime server signing strict1 strict2 supervisor tls worker"),
     6: "__main__ check cli cligateway demo script",
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules.split()} | {"__init__": 0}

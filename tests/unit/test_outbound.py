@@ -19,6 +19,7 @@ from proxy.outbound import (
     rewrite,
     secrets_known,
     secrets_sent,
+    sign,
 )
 from proxy.pattern import compile_regex
 from proxy.policy import Edit, Injection, Rewrite
@@ -330,3 +331,33 @@ def test_nothing_shows_a_secret_but_what_is_asked_for_it() -> None:
     opened = Opened("key", 1, "bearer", {}, Secret(SECRET))
     assert "s3cret" not in repr(opened)
     assert secrets_known([("key", Secret(SECRET))]) == (("key", SECRET),)
+
+
+# AWS
+
+
+AWS = {"service": "dynamodb", "region": "us-east-1"}
+
+
+def test_an_aws_signature_is_left_to_be_made_and_the_agents_own_is_gone() -> None:
+    """With the spelling of path and query that is signed; the key is not in what is sent."""
+    request = view("/a$b?q=a+b&X-Amz-Signature=0", (b"Authorization", b"x"), (b"x-amz-content-sha256", b"y"))
+    outbound = sent(request, "sigv4", AWS, secret=b"AKID:secret-key:token")
+    assert where(outbound) == ["sigv4"]
+    assert (outbound.view.path, outbound.view.query, outbound.view.headers) == ("/a%24b", "q=a%20b", ())
+    assert outbound.sent == (("key", b"secret-key"), ("key", b"token"))
+    assert outbound.signing
+    assert outbound.signing.declared == "y"
+    fields = dict(sign(outbound.view, outbound.signing, "0" * 64, "20150830T123600Z"))
+    assert fields[b"X-Amz-Security-Token"] == b"token"
+    assert fields[b"Authorization"].startswith(b"AWS4-HMAC-SHA256 Credential=AKID/20150830/us-east-1/dynamodb/aws4_req")
+    assert b"host;x-amz-content-sha256;x-amz-date;x-amz-security-token" in fields[b"Authorization"]
+    assert b"secret-key" not in b"".join(fields.values())
+
+
+@pytest.mark.parametrize(
+    "secret", [b"no-colon-in-this", b":secret-key", b"AKID:", b"AKID:secret key", b"AKID:secret-key:"]
+)
+def test_what_is_no_aws_key_signs_nothing(secret: bytes) -> None:
+    with pytest.raises(InjectionError, match="ACCESS_KEY_ID:SECRET_ACCESS_KEY"):
+        sent(view(), "sigv4", AWS, secret=secret)
