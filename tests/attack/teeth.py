@@ -243,9 +243,9 @@ TEETH: tuple[Tooth, ...] = (
     ),
     Tooth(
         "patience",
-        "server.py",
-        "seconds = min(CONNECT_TIMEOUT, self.addon.runtime.settings.limits.idle)",
-        "seconds = CONNECT_TIMEOUT",
+        "lane.py",
+        "patience = min(CONNECT_TIMEOUT, self.limits.idle)",
+        "patience = CONNECT_TIMEOUT",
         "test_upstream.py -k handshake",
     ),
 )
