@@ -13,7 +13,7 @@ import socket
 import ssl
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from mitmproxy import http
@@ -122,6 +122,7 @@ class Lane:
         self.stack = stack
         self.limits = runtime.settings.limits
         self.poller = Poller()
+        self.head_seconds = min(HEAD_SECONDS, self.limits.idle)
         patience = min(CONNECT_TIMEOUT, self.limits.idle)
         self.pool = Pool(self.poller, runtime.upstream.route, runtime.settings.upstream.trust, patience)
         self.contexts = Contexts()
@@ -260,7 +261,7 @@ class Connection:
         while True:
             patience = deadline - self.lane.poller.now() if data else self.idle
             data = await self.channel.peek(self.lane.limits.headers, patience, len(data))
-            deadline = deadline or self.lane.poller.now() + HEAD_SECONDS
+            deadline = deadline or self.lane.poller.now() + self.lane.head_seconds
             if not data:
                 self.channel.close()
                 return False
@@ -311,38 +312,48 @@ class Connection:
         await self.channel.send(ESTABLISHED, self.idle)
         if not await self.channel.peek(1, self.idle):
             return False
+        deadline = self.lane.poller.now() + min(TLS_TIMEOUT, self.idle)
+        with self._handshaking():
+            data = await self._client_hello(deadline)
+        if not is_tls(data):
+            self.addon.refuse_tunnel(self.client)
+            return False
         try:
-            return await self._begin_tls(min(TLS_TIMEOUT, self.idle))
-        except OSError:
-            self.addon.refuse_tunnel(self.client, Reason.CLIENT_TLS)
-            raise
-
-    async def _begin_tls(self, seconds: float) -> bool:
-        """The handshake of a tunnel, `seconds` for all of it; whether it goes on here. Raises OSError."""
-        assert self.client
-        seen, deadline = 0, self.lane.poller.now() + seconds
-        while True:
-            data = await self.channel.peek(MAX_HELLO, deadline - self.lane.poller.now(), seen)
-            if not data:
-                raise ConnectionResetError
-            if not is_tls(data):
-                self.addon.refuse_tunnel(self.client)
-                return False
-            try:
-                hello = parse_client_hello(data)
-            except ValueError:
-                return await self._pass(None) and self._hand_over_tunnel()
-            if hello:
-                break
-            seen = len(data)
+            hello = parse_client_hello(data)
+        except ValueError:
+            return await self._pass(None) and self._hand_over_tunnel()
+        assert hello
         if self.addon.may_pass(self.client) and not await self._pass(hello):
             return False
         if hello.protocols and b"http/1.1" not in hello.protocols:
             return self._hand_over_tunnel()
         context = self.lane.contexts.get(self.addon.leaf(self.client, hello.server_name))
-        await self.channel.start_tls(context, deadline - self.lane.poller.now(), server_side=True)
+        with self._handshaking():
+            await self.channel.start_tls(context, deadline - self.lane.poller.now(), server_side=True)
         self.inside = True
         return True
+
+    @contextlib.contextmanager
+    def _handshaking(self) -> Iterator[None]:
+        """A handshake that fails in it is put on record."""
+        try:
+            yield
+        except OSError:
+            assert self.client
+            self.addon.refuse_tunnel(self.client, Reason.CLIENT_TLS)
+            raise
+
+    async def _client_hello(self, deadline: float) -> bytes:
+        """What begins with a ClientHello that is whole, or with what is none; not taken. Raises OSError."""
+        data = b""
+        while True:
+            data = await self.channel.peek(MAX_HELLO, deadline - self.lane.poller.now(), len(data))
+            if not data:
+                raise ConnectionResetError
+            with contextlib.suppress(ValueError):
+                if is_tls(data) and parse_client_hello(data) is None:
+                    continue
+            return data
 
     async def _pass(self, hello: ClientHello | None) -> bool:
         """Pass a tunnel through that a rule says shall be; whether it is to be intercepted instead."""
@@ -387,7 +398,7 @@ class Connection:
                     return head
                 now = self.lane.poller.now()
                 started = started or (now if self.buffer else 0.0)
-                patience = max(0.0, started + HEAD_SECONDS - now) if started else self.idle
+                patience = max(0.0, started + self.lane.head_seconds - now) if started else self.idle
                 data = await (self._exactly_a_head(patience) if not self.inside else self.channel.recv(patience))
                 if not data:
                     return None
@@ -402,7 +413,7 @@ class Connection:
         limit, seen, deadline = self.lane.limits.headers, 0, 0.0
         while True:
             data = await self.channel.peek(limit, patience, seen)
-            deadline = deadline or self.lane.poller.now() + HEAD_SECONDS
+            deadline = deadline or self.lane.poller.now() + self.lane.head_seconds
             end = data.find(b"\r\n\r\n")
             if end >= 0 or not data or len(data) >= limit or b"\n\n" in data:
                 return self.channel.sock.recv(end + 4 if end >= 0 else limit)
@@ -652,10 +663,8 @@ class Connection:
             patience = self.idle
             if upstream.buffer:  # begun: a byte now and then must not keep us here
                 now = self.lane.poller.now()
-                deadline = deadline or now + min(HEAD_SECONDS, self.idle)
+                deadline = deadline or now + self.lane.head_seconds
                 patience = deadline - now
-                if patience <= 0:
-                    raise TimeoutError
             data = await upstream.channel.recv_more(patience)
             if not data:
                 raise ConnectionResetError

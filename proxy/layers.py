@@ -6,6 +6,7 @@ No policy lives here; each class mends what is written beside it. The wire is re
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,7 @@ from proxy.upstream import Refused
 
 type Generator = layer.CommandGenerator[None]
 
+TLS_SECONDS = 10.0  # a handshake may take; each byte of it is a sign of life
 MAX_CLIENT_HELLO = 64 * 1024  # bytes; mitmproxy parses all of it again with every packet
 NOWHERE = "unknown.invalid"  # RFC 6761 section 6.4
 
@@ -56,10 +58,15 @@ class Refuse(layer.Layer):
 
 
 class ClientTls(ClientTLSLayer):
-    """TLS with a client: its hello is bounded, and it is told when we close (RFC 8446 section 6.1)."""
+    """TLS with a client: its handshake is bounded, and it is told when we close (RFC 8446 section 6.1)."""
+
+    begun = 0.0
 
     def receive_handshake_data(self, data: bytes) -> layer.CommandGenerator[tuple[bool, str | None]]:
         """The next bytes of the handshake; 1 is the type of a ClientHello (RFC 8446 section 4)."""
+        self.begun = self.begun or time.monotonic()
+        if time.monotonic() - self.begun >= min(TLS_SECONDS, self.context.options.tcp_timeout):
+            return False, "the handshake takes too long"
         hello = b"" if self.client_hello_parsed else bytes(self.recv_buffer) + data
         if len(hello) > MAX_CLIENT_HELLO or hello[5:6] not in (b"", b"\1"):
             return False, "no ClientHello"

@@ -44,6 +44,7 @@ class StrictServer(_http1.Http1Server):
         self.head_limit = head_limit
         self.refuse_head = refuse_head
         self.lingered = 0
+        self.head_since = 0.0  # when the first byte of the head that is being read came
 
     def read_headers(self, event: events.ConnectionEvent) -> Generator:
         """The next request head (RFC 9112 section 2.2: empty lines before it are skipped)."""
@@ -54,7 +55,11 @@ class StrictServer(_http1.Http1Server):
                 return
             end = self.buf._data.find(HEAD_END, 0, self.head_limit)
             if end < 0 and len(self.buf) < self.head_limit and not self._bare_line_feed():
+                self.head_since = self.head_since or time.monotonic()
+                if time.monotonic() - self.head_since >= min(HEAD_SECONDS, self.context.options.tcp_timeout):
+                    yield commands.CloseConnection(self.conn)
                 return
+            self.head_since = 0.0
             if end < 0:
                 problem: str | None = f"its head is malformed or larger than {self.head_limit} bytes"
             else:

@@ -248,6 +248,28 @@ TEETH: tuple[Tooth, ...] = (
         "patience = CONNECT_TIMEOUT",
         "test_upstream.py -k handshake",
     ),
+    # Slow clients
+    Tooth(
+        "dripping-requests-in-the-lane",
+        "lane.py",
+        "patience = max(0.0, started + self.lane.head_seconds - now) if started else self.idle",
+        "patience = self.idle",
+        "test_slow.py -k in_a_tunnel",
+    ),
+    Tooth(
+        "dripping-requests",
+        "strict1.py",
+        "                self.head_since = self.head_since or time.monotonic()\n",
+        "                self.head_since = time.monotonic()\n",
+        "test_slow.py -k request",
+    ),
+    Tooth(
+        "dripping-handshakes",
+        "layers.py",
+        "if time.monotonic() - self.begun >= ",
+        "if False and time.monotonic() - self.begun >= ",
+        "test_slow.py -k ClientHello",
+    ),
 )
 
 
