@@ -32,8 +32,11 @@ from proxy.frames import FrameBudget
 from proxy.gateway import Gateway, Unready
 from proxy.guard import guarded, where
 from proxy.guesses import Guesses
+from proxy.http1 import CONSUMED_BODY
 from proxy.identity import Identified, Identity
 from proxy.layers import ClientTls, HttpLayer, Refuse
+from proxy.leak import LeakStream
+from proxy.leakguard import HIDDEN, Leaked, look_through
 from proxy.outbound import body_placeholders, secrets_known, secrets_sent
 from proxy.passthrough import objection, passes
 from proxy.peer import Dial, Peer, ulid
@@ -333,6 +336,10 @@ class Addon:
             return
         outbound = approved.outbound
         target = outbound.view
+        self.runtime.leaks.check(view, target, formats=approved.scan)
+        state.guarded = target, approved.scan
+        if view.upgrade:
+            state.may_send = functools.partial(self.may_send, flow)
         state.redactor = self._redactor(target, secrets_sent(outbound))
         state.response_edits = approved.response_edits
         # One for all requests under way to a place: its failure is told to each of them.
@@ -350,7 +357,7 @@ class Addon:
             state.sign = sign_request(flow, target, outbound.signing, self.runtime.settings.limits.buffer, now)
         if state.sign is None:
             self._stream_request(flow, state)
-        if state.body_limit:
+        if state.body_limit and flow.request.stream:
             flow.request.stream = self._bounded(flow, *state.body_limit)
         state.sent_at = time.perf_counter()
         state.decided = True
@@ -361,8 +368,10 @@ class Addon:
         if state.block and not state.placeholders and not state.block.lengths and not state.block.codings:
             return  # there is no body
         length = request.headers.get("content-length")
-        if state.placeholders and length and int(length) <= self.runtime.settings.limits.buffer:
-            return  # held, so that the upstream is told its new length
+        leaks = self._leak_stream(flow, state, length)
+        most = self.runtime.settings.limits.buffer if state.placeholders else CONSUMED_BODY if leaks else -1
+        if length and int(length) <= most:
+            return  # held: the upstream is told its new length, and a leak can still be answered
         if state.placeholders:
             state.request_stream = state.placeholders.stream()
             request.headers.pop("content-length", None)
@@ -371,12 +380,14 @@ class Addon:
         replacing = state.request_stream
 
         def pass_on(chunk: bytes) -> Iterable[bytes]:
-            state.streamed = True
+            state.streamed, last = True, not chunk
             exchange.request_bytes += len(chunk)
+            if leaks:
+                chunk = self._look_through(flow, leaks, chunk)
             if replacing:
-                last = not chunk
-                chunk = replacing.finish() if last else replacing.feed(chunk)
+                chunk = replacing.feed(chunk)
                 if last:
+                    chunk += replacing.finish()
                     flows.note_body_injections(state, replacing.found)
             return [chunk] if chunk else []
 
@@ -401,8 +412,28 @@ class Addon:
         state, exchange = state_of(flow), state_of(flow).exchange
         assert exchange
         state.stopped = refused
+        if isinstance(refused, Leaked):
+            exchange.leak = refused.what
         exchange.allowed, exchange.reason = False, refused.reason
         return refused
+
+    def _leak_stream(self, flow: http.HTTPFlow, state: FlowState, length: str | None) -> LeakStream | None:
+        """What looks through the body of a request, where it has one."""
+        headers = flow.request.headers
+        if not (length or flow.request.is_http2 or "transfer-encoding" in headers):
+            return None
+        assert state.guarded
+        target, formats = state.guarded
+        return self.runtime.leaks.stream(target, ",".join(headers.get_all("content-encoding")), formats=formats)
+
+    def _look_through(self, flow: http.HTTPFlow, leaks: LeakStream, chunk: bytes) -> bytes:
+        """What of a streaming body may pass. Raises Leaked, which stops it."""
+        guarded = state_of(flow).guarded
+        assert guarded
+        try:
+            return look_through(leaks, chunk, guarded[0])
+        except Leaked as leaked:
+            raise self.stop_body(flow, leaked) from None
 
     @guarded(_refuse_flow)
     def request(self, flow: http.HTTPFlow) -> None:
@@ -417,6 +448,12 @@ class Addon:
         if exchange and not flow.request.stream:
             body = flow.request.raw_content or b""
             exchange.request_bytes += len(body)
+            if leaks := self._leak_stream(flow, state, "held"):
+                try:
+                    self._look_through(flow, leaks, body)
+                except Leaked as leaked:
+                    self.refuse(flow, leaked)
+                    return
             if state.placeholders:
                 body, found = state.placeholders.replace(body)
                 flow.request.raw_content = body
@@ -511,6 +548,8 @@ class Addon:
         assert exchange
         if message.from_client:
             exchange.request_bytes += len(message.content)
+            if not state.may_send(message.content):
+                message.drop()  # type: ignore[no-untyped-call]
         else:
             exchange.response_bytes += len(message.content)
             if state.redactor:
@@ -522,6 +561,18 @@ class Addon:
     def websocket_end(self, flow: http.HTTPFlow) -> None:
         """The exchange of a WebSocket is over."""
         self._record(flow)
+
+    def may_send(self, flow: http.HTTPFlow, data: bytes) -> bool:
+        """Whether what a client says on a WebSocket may be passed on; if not, the connection is cut."""
+        guarded = state_of(flow).guarded
+        assert guarded
+        try:
+            self.runtime.leaks.check_message(data, guarded[0], formats=guarded[1])
+        except Leaked as leaked:
+            self.stop_body(flow, leaked)
+            self.abort(flow.client_conn)
+            return False
+        return True
 
     # For drivers
 
@@ -613,13 +664,18 @@ class Addon:
             peer = self.peers.get(flow.client_conn.id) or Peer(flow.client_conn, Listener("", "", 0))
             exchange = self._begin(flow, peer)
         exchange.allowed, exchange.reason = False, refused.reason
+        view = state.view
+        if isinstance(refused, Leaked):
+            exchange.leak = refused.what
+        if view and self.runtime.leaks.hides(view, refused):
+            exchange.host, exchange.path, view = HIDDEN, f"/{HIDDEN}", None
         if refused.limit and refused.rule:
             self.runtime.metrics.limit_exceeded(exchange.agent_id, refused.rule.name, refused.limit)
         exchange.status = refused.reason.status
         exchange.injected, state.decided, state.answered = (), False, True
         state.close = state.close or (self.draining and not flow.request.is_http2)
         flow.request.stream = False
-        flow.response = flows.refusal(refused, exchange, state.view)
+        flow.response = flows.refusal(refused, exchange, view)
         if flow.request.method == "CONNECT":
             flow.response.headers["connection"] = "close"  # or tunnel data would be read as a new request
 

@@ -44,7 +44,7 @@ def line(exchange: Exchange) -> bytes:
         f'"status":{exchange.status or "null"},"request_bytes":{exchange.request_bytes},'
         f'"response_bytes":{exchange.response_bytes},"duration_ms":{_number(exchange.duration * 1e3, 3)},'
         f'"decision_us":{_number(exchange.decision_duration * 1e6, 1)},'
-        f'"upstream_ip":{_text_or_null(exchange.upstream_ip)},"trace_id":{_text_or_null(exchange.trace_id)}}}\n'
+        f'"upstream_ip":{_text_or_null(exchange.upstream_ip)},"trace_id":{_text_or_null(exchange.trace_id)}{_leak(exchange)}}}\n'
     ).encode("ascii")
 
 
@@ -65,6 +65,14 @@ def _agent(agent: Agent | None) -> str:
         return '"agent":null,"labels":{},"on_behalf_of":null'
     labels = ",".join([f"{_text(key)}:{_text(value)}" for key, value in agent.labels.items()])
     return f'"agent":{_text(agent.id)},"labels":{{{labels}}},"on_behalf_of":{_text_or_null(agent.on_behalf_of)}'
+
+
+def _leak(exchange: Exchange) -> str:
+    """Only where there was one."""
+    if exchange.leak is None:
+        return ""
+    kind, name, where = map(_text, exchange.leak)
+    return f',"leak":{{"kind":{kind},"name":{name},"where":{where}}}'
 
 
 def _number(value: float, digits: int) -> float:

@@ -639,11 +639,13 @@ def _parser() -> argparse.ArgumentParser:
     def group(name: str, text: str) -> Any:
         return verbs.add_parser(name, parents=[common], help=text).add_subparsers(required=True, metavar="COMMAND")
 
-    from proxy.cligateway import gateway_parser  # which needs this module
+    from proxy.clicanary import canary_parser  # which need this module
+    from proxy.cligateway import gateway_parser
 
     _agent_parser(group("agent", "register, show and stop agents"), verb)
     gateway_parser(group("gateway", "register who may mint tokens for agents"), verb)
     _vault_parser(group("vault", "seal, list and rotate credentials"), verb)
+    canary_parser(group("canary", "tokens that open nothing and may never leave"), verb)
     ca = group("ca", "the CA certificate")
     export = verb(ca, "export", _ca_export, "print the CA certificate")
     export.add_argument("--bundle", action="store_true", help="merged with the system's roots")

@@ -52,6 +52,7 @@ class Exchange:
     rewritten: bool = False
     injected: Sequence[Injected] = ()
     redacted: Mapping[tuple[str, str], int] = _NONE  # (credential, header|body|...) -> times
+    leak: tuple[str, str, str] | None = None  # what may not leave and was sent all the same: kind, name, where
     status: int = 0
     request_bytes: int = 0
     response_bytes: int = 0

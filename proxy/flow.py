@@ -76,6 +76,8 @@ class FlowState:
     streamed: bool = False  # bytes of its body may have left
     block: HeaderBlock | None = None  # where the fast lane read it
     whole: bytes | None = None  # the body of the response, where all of it came with the head
+    guarded: tuple[RequestView, bool] | None = None  # where to, and whether keys are looked for by their form
+    may_send: Callable[[bytes], bool] = lambda _: False  # on a WebSocket
     close: bool = False  # the client wants the connection closed (RFC 9112 section 9.6)
     http10: bool = False
 

@@ -21,7 +21,7 @@ from proxy.vault import CredentialScope, CredentialUnavailable, Lease, Vault
 @dataclass(frozen=True, slots=True)
 class Approved:
     """What may happen: `answer` is given here, or `outbound` is sent. `rules` are those whose obligations hold;
-    `private`: one of them narrows the upstream to private addresses."""
+    `private`: one of them narrows the upstream to private addresses; `scan`: one looks for keys by their form."""
 
     outbound: Outbound
     rules: tuple[Rule, ...]
@@ -29,6 +29,7 @@ class Approved:
     private: bool = False
     response_edits: tuple[Edit, ...] = ()
     body_limit: tuple[int, Rule] | None = None  # bytes of the request's body at most, and who says so
+    scan: bool = False
 
 
 class Unready(Exception):
@@ -76,7 +77,7 @@ class Gateway:
             plan = self._plan(policy, agent, view, exchange)
         finally:
             exchange.decision_duration = time.perf_counter() - started
-        sent, answer, private = plan.view, plan.answer, False
+        sent, answer, private, scan = plan.view, plan.answer, False, False
         outbound, edits, body_limit = Outbound(sent), list[Edit](), None
         for rule in plan.rules:
             if rule.limits is not None:
@@ -86,11 +87,11 @@ class Gateway:
                 outbound = self._inject(agent, outbound, rule, leases or {})
             if rule.response_headers:
                 edits.append(rule.response_headers)
-            private = private or rule.private
+            private, scan = private or rule.private, scan or rule.scan
         exchange.rewritten = sent is not view
         exchange.injected = outbound.injected
         exchange.allowed, exchange.reason = True, Reason.ALLOWED
-        return Approved(outbound, plan.rules, answer, private, tuple(edits), body_limit)
+        return Approved(outbound, plan.rules, answer, private, tuple(edits), body_limit, scan)
 
     async def prepare(self, missing: Unready, exchange: Exchange, leases: dict[str, Lease]) -> None:
         """Ask the store for what was missing; an opened credential is put into `leases`.

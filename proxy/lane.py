@@ -537,7 +537,11 @@ class Connection:
                 return await self._refuse(flow, head, body)
             first = flow.request.raw_content or b""
         elif body.done or (head.length is not None and head.length <= CONSUMED_BODY):
-            first = self._framed(flow, await self._read_all(body) if not body.done else b"", chunked, last=True)
+            try:
+                first = self._framed(flow, await self._read_all(body) if not body.done else b"", chunked, last=True)
+            except Refused as refused:
+                self.addon.refuse(flow, refused)
+                return await self._refuse(flow, head, body)
             state_of(flow).streamed = False  # nothing has left yet
             self.addon.request(flow)
             if flow.response:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from mitmproxy import http
@@ -35,6 +36,7 @@ from mitmproxy.proxy.layers.http._hooks import (
     HttpResponseHeadersHook,
 )
 from mitmproxy.proxy.layers.tls import ClientTLSLayer
+from wsproto.events import CloseConnection, Event, Ping, Pong
 
 from proxy.flow import STATE, FlowState, clean_control_frame, state_of
 from proxy.http1 import CONSUMED_BODY
@@ -183,6 +185,18 @@ class Stream(http_layers.HttpStream):
             to_client: Any = self.child_layer.client_ws
             send = to_client.send2
             to_client.send2 = lambda event: send(clean_control_frame(self.flow, event))
+            to_server: Any = self.child_layer.server_ws
+            pass_on = to_server.send2
+            to_server.send2 = lambda event: pass_on(self._guarded(event))
+
+    def _guarded(self, event: Event) -> Event:
+        """A control frame on its way to the upstream, emptied where it may not say what it does."""
+        may_send = state_of(self.flow).may_send
+        if isinstance(event, CloseConnection) and event.reason and not may_send(event.reason.encode()):
+            return replace(event, reason="")
+        if isinstance(event, Ping | Pong) and event.payload and not may_send(bytes(event.payload)):
+            return replace(event, payload=b"")
+        return event
 
     def _answer_failure(self) -> Generator:
         response = self.flow.response

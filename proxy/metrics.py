@@ -42,6 +42,7 @@ _FAMILIES = {  # attribute of _Series: metric, labels after `agent`, help
     "bytes": ("bytes_total", ("direction",), "Body bytes by agent, in requests and in responses."),
     "injected": ("credentials_injected_total", ("credential",), "Credentials added to requests."),
     "redacted": ("secrets_redacted_total", ("credential", "where"), "Secrets taken out of responses."),
+    "leaks": ("leaks_refused_total", ("kind", "where"), "Requests that held what may not leave."),
     "limits": ("limits_exceeded_total", ("rule", "limit"), "Requests refused by a limit of a rule."),
 }
 _RULES, _DROPPED, _SERIES_DROPPED = "rule_requests_total", "audit_dropped_total", "agent_series_dropped_total"
@@ -76,7 +77,7 @@ type Taken = dict[str, Any]  # plain data: see `Metrics.take`
 class _Series:
     """One agent's counters by label values; dropping the object drops all of them."""
 
-    __slots__ = ("bytes", "injected", "limits", "redacted", "requests", "used")
+    __slots__ = ("bytes", "injected", "leaks", "limits", "redacted", "requests", "used")
 
     def __init__(self) -> None:
         self.used = 0.0
@@ -84,6 +85,7 @@ class _Series:
         self.bytes: Counts = defaultdict(int)
         self.injected: Counts = defaultdict(int)
         self.redacted: Counts = defaultdict(int)
+        self.leaks: Counts = defaultdict(int)
         self.limits: Counts = defaultdict(int)
 
 
@@ -140,6 +142,9 @@ class Metrics:
             its.injected[injected.credential,] += 1
         for labels, times in exchange.redacted.items():
             its.redacted[labels] += times
+        if exchange.leak:
+            kind, _, where = exchange.leak
+            its.leaks[kind, where] += 1
         self._rules[self._rule_labels(exchange.rule or NONE, verdict)] += 1
         for proof in exchange.identity:
             self._proofs[_kind(proof)] += 1

@@ -157,6 +157,7 @@ class Rule:
     private: bool = False
     limits: Limits | None = None
     passthrough: bool = False  # its connections are not read: it matches no request
+    scan: bool = False  # for keys of well-known forms
 
     def may_allow(self, agent: Agent) -> bool:
         """Whether some request of `agent` could be allowed by this rule."""

@@ -115,6 +115,7 @@ class _Reader:
             fields.private,
             Limits(**fields.limits.model_dump()) if fields.limits.model_fields_set else None,
             fields.tls == "passthrough",
+            bool(fields.scan),
         )
         return rule if len(self.problems) == before else None
 
@@ -131,7 +132,7 @@ class _Reader:
     def _check_combination(self, fields: RuleFields, path: tuple[Step, ...]) -> None:
         written = fields.model_fields_set
         if fields.action == "block":
-            for name in ("rewrite", "inject", "response", "respond", "private", "limits", "tls"):
+            for name in ("rewrite", "inject", "response", "respond", "private", "limits", "scan", "tls"):
                 if name in written:
                     self.report((*path, name), f'a block rule has no "{name}"', "remove it", key=True)
         elif fields.tls == "passthrough":
@@ -147,7 +148,7 @@ class _Reader:
     def _check_passthrough(self, fields: RuleFields, path: tuple[Step, ...]) -> None:
         """Of such a connection only agent, host and port are known, and nothing in it can be changed."""
         hint = 'remove it, or else "tls: passthrough"'
-        for name in ("rewrite", "inject", "response", "respond", "limits"):
+        for name in ("rewrite", "inject", "response", "respond", "limits", "scan"):
             if name in fields.model_fields_set:
                 self.report((*path, name), f'a passthrough rule has no "{name}": nothing is read', hint, key=True)
         for name in sorted(fields.match.model_fields_set - {"host", "port", "scheme"}):

@@ -244,6 +244,8 @@ class RuleFields(_Model):
     private: bool = False
     """The upstream's address must be a private one that the settings allow."""
     limits: LimitFields = LimitFields()
+    scan: Annotated[tuple[Literal["secrets"], ...], _SOME, _MANY] = ()
+    """`secrets`: a request that holds a key of a well-known form is refused."""
 
 
 class FileHead(_Model):

@@ -18,12 +18,15 @@ from proxy.agent import AgentState
 from proxy.agentca import AgentAuthorities
 from proxy.audit import Audit, Sink
 from proxy.ca import Leaf
+from proxy.canary import TABLE as CANARIES
+from proxy.canary import Canaries
 from proxy.exchange import Exchange
 from proxy.follow import Follower
 from proxy.gateway import Gateway
 from proxy.gatewaykeys import GatewayKeys
 from proxy.identity import Identity, Issuer
 from proxy.killswitch import KillSwitch
+from proxy.leakguard import LeakGuard
 from proxy.limiter import Limiter
 from proxy.masterkey import load_master_key
 from proxy.metrics import Metrics
@@ -74,6 +77,7 @@ class Runtime:
         self.kill_switch = KillSwitch(settings.state, self.registry.stop_here)
         self.follower = Follower(store)
         self.follower.subscribe(AGENTS, self.registry.apply_changes)
+        self.leaks = LeakGuard(lambda token: self.registry.by_token(token) is not None)
         if self.agent_authorities:
             self.follower.subscribe(AGENTS, self._end_authorities)
         self.rules = Rules(settings.rules, self.metrics.reloaded)
@@ -139,8 +143,15 @@ class Runtime:
             settings.vault.lease,
             on_operation=self.metrics.vault_operation,
         )
+        self.vault.on_change = self.leaks.credentials
         self.gateway.vault = self.vault
         self.follower.subscribe(CREDENTIALS, self.vault.apply_changes)
+        canaries = Canaries(self._store, master)
+
+        async def follow_canaries(names: set[str] | None) -> None:
+            await self.leaks.canaries(names, await canaries.tokens(names))
+
+        self.follower.subscribe(CANARIES, follow_canaries)
         if settings.identity.gateways:
             gateways = GatewayKeys(self._store, master, settings.state, clock=self.clock)
             self.issuers.append(gateways)

@@ -285,12 +285,13 @@ class Server:
             connection.abort()
         handler = self._handlers.get(client.id)
         transport = handler.transports.get(client) if handler else None
-        if transport is None:
+        if handler is None or transport is None:
             return
         if transport.handler:
             transport.handler.cancel("aborted")
-        if transport.writer and isinstance(transport.writer, asyncio.StreamWriter):
-            transport.writer.transport.abort()
+        for other in list(handler.transports.values()):  # an upstream must not take what it got for all there is
+            if isinstance(other.writer, asyncio.StreamWriter):
+                other.writer.transport.abort()
 
     async def drain(self, hurry: asyncio.Event, patience: float = DRAIN, grace: float = 0.0) -> None:
         """Accept nothing more; let what is under way finish until `hurry`, for at most `patience` seconds; cut it.

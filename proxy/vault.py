@@ -26,6 +26,10 @@ from proxy.store import Store, StoreUnavailable
 
 LEASE = 60.0  # seconds
 
+# Told of changed names (None: all) and of each that is there its name, secret, fields and grant.
+type Opening = tuple[str, Secret, Mapping[str, str], Grant | None]
+type OnChange = Callable[[set[str] | None, list[Opening]], Awaitable[None]]
+
 
 class CredentialUnavailable(Exception):
     """There is no such credential, it does not open, or the store is down and no lease is left. For the operator."""
@@ -80,6 +84,7 @@ class Vault:
         self._monotonic = monotonic
         self._count = on_operation
         self._leases: dict[str, Lease] = {}
+        self.on_change: OnChange | None = None
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     # For the operator
@@ -169,15 +174,21 @@ class Vault:
         self._forget(names or ())
         marks = self._records.marks()
         texts = await self._store.get_all(TABLE, names)
-        versions = {}
+        versions, openings = {}, list[Opening]()
         for name, text in texts.items():
             try:
-                versions[name] = self._records.open(name, text, marks).version
+                opened = self._records.open(name, text, marks)
             except SealBroken:
                 self._count("open", "broken")
+                continue
+            versions[name] = opened.version
+            if not opened.removed:
+                openings.append((name, opened.secret, opened.stored.record.fields, _grant(opened.stored.record)))
         # First, so that an opening that began before the change finds its version outdated.
         await self._records.note(versions)
         self._forget(set(self._leases) if names is None else names)
+        if self.on_change:
+            await self.on_change(names, openings)
 
     # Inside
 
@@ -244,3 +255,10 @@ class Vault:
         except (SealBroken, ValueError) as error:
             return Entry(ascii(name)[1:-1], problem=str(error))  # not ours: it may hold terminal escapes
         return Entry(name, record.version, record.kind, record.fields, grant, stored.created, stored.rotated)
+
+
+def _grant(record: Record) -> Grant | None:
+    try:
+        return Grant.from_canonical(record.grant)
+    except ValueError:
+        return None

@@ -19,19 +19,19 @@ LAYERS = {
         "address agent agenttoken clienthello coding exchange forms frames framing http1 pattern proof "
         "request series url"
     ),
-    2: "claims grant policy redact sigv4",
+    2: "claims grant keyformats leak policy redact sigv4",
     3: (
         "credential explain outbound passthrough plan quantity rulefield rulefile rulemodel rulerisk ruletest "
         "sealing validation yamltree"
     ),
     4: (
-        "admin agentca audit auditline auditlink ca certificate cpus embedded files follow gateway gatewaykeys guard "
-        "guesses identity killswitch limiter link listening masterkey metrics parent poller records registry "
+        "admin agentca audit auditline auditlink ca canary certificate cpus embedded files follow gateway gatewaykeys guard "
+        "guesses identity killswitch leakguard limiter link listening masterkey metrics parent poller records registry "
         "rollback rotation running sandboxenv settings settingvalue snapshot store upstream vault "
         "workerprocess"
     ),
     5: ("addon cut flow lane layers peer pool relay runtime server signing strict1 strict2 supervisor tls worker"),
-    6: "__main__ check cli cligateway demo script",
+    6: "__main__ check cli clicanary cligateway demo script",
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules.split()} | {"__init__": 0}
 
