@@ -107,6 +107,42 @@ TEETH: tuple[Tooth, ...] = (
         "            if False:\n",
         "test_limits.py -k chunks",
     ),
+    # Secrets
+    Tooth(
+        "leak-in-head",
+        "addon.py",
+        "        self.runtime.leaks.check(view, target, formats=approved.scan)\n",
+        "",
+        "test_leaks.py -k in_any_header",
+    ),
+    Tooth(
+        "leak-held-back",
+        "leak.py",
+        "                return at\n            if any(open_",
+        "                return len(data)\n            if any(open_",
+        "test_leaks.py -k streaming_is_cut",
+    ),
+    Tooth(
+        "leak-decoded",
+        "leak.py",
+        "            self._decoder = decoder(content_encoding)\n",
+        "            self._decoder = None\n",
+        "test_leaks.py -k compression",
+    ),
+    Tooth(
+        "leak-placeholder",
+        "leakguard.py",
+        "known.grant.covers_host(target)",
+        "True",
+        "test_leaks.py -k placeholder",
+    ),
+    Tooth(
+        "leak-on-record",
+        "addon.py",
+        "if view and self.runtime.leaks.hides(view, refused):",
+        "if False:",
+        "test_leaks.py -k not_written_down",
+    ),
     # The kill switch
     Tooth(
         "kill-cuts",

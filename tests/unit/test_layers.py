@@ -25,10 +25,10 @@ LAYERS = {
         "sealing validation yamltree"
     ),
     4: (
-        "admin agentca audit auditline auditlink ca canary certificate cpus embedded files follow gateway gatewaykeys guard "
-        "guesses identity killswitch leakguard limiter link listening masterkey metrics parent poller records registry "
-        "rollback rotation running sandboxenv settings settingvalue snapshot store upstream vault "
-        "workerprocess"
+        "admin agentca audit auditline auditlink ca canary certificate cpus embedded files follow gateway "
+        "gatewaykeys guard guesses identity killswitch leakguard limiter link listening masterkey metrics "
+        "parent poller records registry rollback rotation running sandboxenv settings settingvalue snapshot "
+        "store upstream vault workerprocess"
     ),
     5: ("addon cut flow lane layers peer pool relay runtime server signing strict1 strict2 supervisor tls worker"),
     6: "__main__ check cli clicanary cligateway demo script",
