@@ -77,6 +77,7 @@ def count_everything(metrics: Metrics) -> None:
             rule="github-read",
             injected=[Injected("github", 1, "header:authorization")],
             redacted=Counter({("github", "body"): 1}),
+            leak=("canary", "trap", "body"),
             request_bytes=10,
             response_bytes=20,
             duration=0.02,

@@ -103,3 +103,8 @@ def test_odd_strings_do_not_break_a_line(text: str, read: str) -> None:
     assert raw.count(b"\n") == 1
     assert raw[:-1].decode("ascii").isprintable()
     read.encode()
+
+
+def test_a_leak_is_told_where_there_was_one() -> None:
+    made = exchange(leak=("canary", 'a "trap"', "body"))
+    assert json.loads(line(made))["leak"] == {"kind": "canary", "name": 'a "trap"', "where": "body"}
