@@ -107,6 +107,7 @@ class Addon:
         self.peers: dict[str, Peer] = {}
         self.listeners: dict[int, Listener] = {}
         self.by_agent: dict[str, set[str]] = defaultdict(set)
+        self.elsewhere: Mapping[str, int] = {}  # how many connections an agent has in other workers
         self.draining = False  # connections end with the answer that comes next
         self._guesses = Guesses()
         # By where to and what is sent there; good for as long as no other credential is opened or closed.
@@ -757,7 +758,8 @@ class Addon:
             raise Refused(identified.reason)
         connections = self.by_agent[agent.id]
         if peer.client.id not in connections:
-            if len(connections) >= self.runtime.settings.limits.connections_per_agent:
+            there = len(connections) + self.elsewhere.get(agent.id, 0)
+            if there >= self.runtime.settings.limits.connections_per_agent:
                 self.runtime.metrics.limit_exceeded(agent.id, "", "connections")
                 raise Refused(Reason.LIMIT_EXCEEDED, ": it has too many connections")
             connections.add(peer.client.id)

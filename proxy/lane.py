@@ -56,6 +56,7 @@ _log = logging.getLogger("sallyport")
 
 TLS_TIMEOUT = 10.0  # seconds for a handshake
 ACCEPT_PAUSE = 0.1  # seconds without accepting when descriptors ran out
+ACCEPT_TURN = 0.0003  # seconds after each connection that leave the next one to other workers: else one takes them all
 DRAIN_STEP = 0.02  # seconds between two looks at what is left
 _IDEMPOTENT = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"})  # RFC 9110 section 9.2.2
 _TAKEN = re.compile(rb"(?:CONNECT [^ \r\n]+|[A-Z]+ https?://[^ \r\n]+) HTTP/1\.1\r\n")
@@ -129,6 +130,7 @@ class Lane:
         self.connections: dict[str, Connection] = {}
         self.strangers: set[Connection] = set()  # who has not said yet what it wants
         self._listening: list[socket.socket] = []
+        self._shared = runtime.settings.workers > 1
 
     def listen(self, sock: socket.socket) -> None:
         """Accept from a listening socket."""
@@ -137,18 +139,24 @@ class Lane:
         asyncio.get_running_loop().add_reader(sock.fileno(), self._accept, sock)
 
     def _accept(self, listening: socket.socket) -> None:
-        for _ in range(64):
+        for _ in range(1 if self._shared else 64):
             try:
                 sock, _ = listening.accept()
             except BlockingIOError:
                 return
             except OSError:  # out of descriptors: the backlog waits until some are free
-                loop = asyncio.get_running_loop()
-                loop.remove_reader(listening.fileno())
-                loop.call_later(ACCEPT_PAUSE, self._resume, listening)
+                self._pause(listening, ACCEPT_PAUSE)
                 return
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             Connection(self, sock).start()
+
+        if self._shared:
+            self._pause(listening, ACCEPT_TURN)
+
+    def _pause(self, listening: socket.socket, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(listening.fileno())
+        loop.call_later(seconds, self._resume, listening)
 
     def _resume(self, listening: socket.socket) -> None:
         if listening.fileno() >= 0:

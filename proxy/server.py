@@ -258,7 +258,9 @@ class Server:
                 if self.lane:
                     self.lane.listen(sock)
                 else:
-                    self._servers.append(await asyncio.start_server(self._serve, sock=sock, backlog=QUEUE))
+                    turns = 1 if self.runtime.settings.workers > 1 else QUEUE  # else one worker takes them all
+                    self._servers.append(await asyncio.start_server(self._serve, sock=sock, backlog=turns))
+                    sock.listen(QUEUE)  # which asyncio has set to what it may accept in a turn
 
     def adopt(self, sock: socket.socket, client: Client | None, tunnel: Tunnel | None, *, decrypted: bool) -> None:
         """Drive a connection that the fast lane hands over."""

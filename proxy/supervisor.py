@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -93,9 +94,10 @@ class Supervisor:
 
     async def _watch(self, worker: WorkerProcess) -> None:
         """Follow a worker to its end, and give its place to another unless it was to end."""
-        status = await worker.follow(self._reported)
+        status = await worker.follow(self._reported, self._share_connections)
         del self._all[worker]
         self._show()
+        self._share_connections()
         number = worker.number
         if self._places.get(number) is not worker:
             if worker.leaving:
@@ -208,6 +210,12 @@ class Supervisor:
             del counted["counters"]["rules_reloads_total"]  # each loads the same rules; they count once
         self.metrics.add(counted)
         self._show()
+
+    def _share_connections(self) -> None:
+        """Tell each worker what the others have, since `limits.connections_per_agent` is for all of them together."""
+        for worker in self._all:
+            others = sum((Counter(other.connections) for other in self._all if other is not worker), Counter[str]())
+            worker.tell("elsewhere", others)
 
     def _show(self) -> None:
         self.metrics.show([worker.counted for worker in self._all if worker.counted])

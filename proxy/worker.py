@@ -13,6 +13,7 @@ import sys
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
+from proxy.addon import Addon
 from proxy.auditlink import AuditPipe
 from proxy.link import Link
 from proxy.problem import UserError
@@ -32,6 +33,7 @@ class _Orders:
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     hurry: asyncio.Event = field(default_factory=asyncio.Event)
     patience: float = DRAIN
+    elsewhere: dict[str, int] = field(default_factory=dict)  # connections by agent, of the other workers
 
 
 async def work(task: Task) -> int:
@@ -64,12 +66,13 @@ async def _serve(task: Task, link: Link, orders: _Orders, runtimes: list[Runtime
         ending.push_async_callback(runtime.stop)
         runtime.own.update(task.own)
         server = Server(runtime)
+        server.addon.elsewhere = orders.elsewhere
         ending.callback(server.close)
         await server.start([[socket.socket(fileno=fd) for fd in fds] for fds in task.listening])
         link.send("report", _report(runtime))
         problems = [str(problem) for problem in (*runtime.rules.problems, *runtime.rules.warnings)]
         link.send("ready", problems)
-        reporter = asyncio.ensure_future(_report_often(link, runtime))
+        reporter = asyncio.ensure_future(_report_often(link, runtime, server.addon))
         ending.callback(reporter.cancel)
         await orders.stop.wait()
         await server.drain(orders.hurry, orders.patience, 0.0 if math.isfinite(orders.patience) else GRACE)
@@ -79,11 +82,17 @@ def _report(runtime: Runtime) -> dict[str, object]:
     return {"counted": runtime.metrics.take(), "status": runtime.status().as_json()}
 
 
-async def _report_often(link: Link, runtime: Runtime) -> None:
+async def _report_often(link: Link, runtime: Runtime, addon: Addon) -> None:
+    told: dict[str, int] = {}
     while True:
         await asyncio.sleep(REPORT)
-        if not link.stalled:
-            link.send("report", _report(runtime))
+        if link.stalled:
+            continue
+        link.send("report", _report(runtime))
+        connections = {agent: len(clients) for agent, clients in addon.by_agent.items()}
+        if connections != told:
+            link.send("connections", connections)
+            told = connections
 
 
 async def _follow(link: Link, orders: _Orders, runtimes: list[Runtime]) -> None:
@@ -99,6 +108,9 @@ async def _follow(link: Link, orders: _Orders, runtimes: list[Runtime]) -> None:
             case "hurry":
                 orders.stop.set()
                 orders.hurry.set()
+            case "elsewhere":
+                orders.elsewhere.clear()
+                orders.elsewhere.update(data)
             case "kill":
                 for runtime in runtimes:
                     runtime.kill_switch.pull()

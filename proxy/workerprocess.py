@@ -42,6 +42,7 @@ class WorkerProcess:
         self.leaving = False
         self.counted: dict[str, Any] | None = None
         self.status = Status()
+        self.connections: dict[str, int] = {}  # by agent
         self.ready: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
         self._link = link
         self._failure = ""
@@ -81,7 +82,7 @@ class WorkerProcess:
             process.stdin.close()
         return cls(number, process, await Link.over(link))
 
-    async def follow(self, on_report: Callable[[WorkerProcess], None]) -> int:
+    async def follow(self, on_report: Callable[[WorkerProcess], None], on_connections: Callable[[], None]) -> int:
         """Hear its reports until it is gone; how it ended, as `Popen.returncode`."""
         async for kind, data in self._link.messages():
             match kind:
@@ -89,6 +90,9 @@ class WorkerProcess:
                     self.ready.set_result(data)
                 case "failed":
                     self._failure = data
+                case "connections":
+                    self.connections = data
+                    on_connections()
                 case "report":
                     self.counted, self.status = data["counted"], Status(**data["status"])
                     on_report(self)

@@ -109,6 +109,40 @@ def test_the_audit_log_has_each_line_once_whichever_worker_it_was(pair: Proxy) -
     assert len({line["id"] for line in lines}) == len(lines)
 
 
+def test_connections_that_come_at_once_are_spread(make_proxy: Make) -> None:
+    """Who wakes first does not take them all."""
+    proxy = make_proxy(RULES, lane="fast", workers=2)
+    for _ in range(64):
+        proxy.connect()
+    wait_for(lambda: sum(worker["connections"] for worker in workers(proxy).values()) == 64)
+    assert min(worker["connections"] for worker in workers(proxy).values()) >= 8
+
+
+def test_the_limit_of_connections_is_for_all_workers_together(make_proxy: Make, lane: str) -> None:
+    """Six on two workers: neither takes a seventh, once it has heard of the others."""
+    proxy = make_proxy(RULES, lane=lane, workers=2, limits={"connections_per_agent": 6})
+    join(proxy)
+
+    def connects() -> tuple[Connection, int]:
+        client = proxy.connect()
+        client.send(f"CONNECT api.test:443 HTTP/1.1\r\nhost: api.test\r\n{proxy.auth('coder-1')}\r\n".encode())
+        return client, client.response("CONNECT").status
+
+    def takes_one_more() -> bool:
+        client, status = connects()
+        client.close()
+        return status == 200
+
+    held = []
+    while len(held) < 6:
+        client, status = connects()
+        if status == 200:  # those of the harness may still be ending
+            held.append(client)
+    wait_for(lambda: all(not takes_one_more() for _ in range(8)), "a refusal by every worker")
+    held.pop().close()
+    wait_for(takes_one_more, "a place")
+
+
 def test_all_workers_show_certificates_of_one_ca(pair: Proxy) -> None:
     """Which clients verify, on whatever worker they land."""
     assert [asks(client, "/") for client in on_every_worker(pair)]
