@@ -16,6 +16,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
+from proxy.auditchain import BEGIN, last_hash, link
 from proxy.auditline import line
 from proxy.exchange import Exchange
 from proxy.problem import UserError
@@ -24,6 +25,7 @@ QUEUE = 10_000  # exchanges waiting; more are dropped and counted
 GROUP = 1_000  # lines in one commit
 LINGER = 0.01  # seconds a group waits for company: 100 syncs a second at most, at any load
 RETRY = 1.0  # seconds between tries while the disk is full or the file cannot be opened
+TAIL = 1024 * 1024  # bytes in which the last whole line is looked for
 _STDOUT = 1
 _sync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
@@ -39,7 +41,7 @@ class Sink(Protocol):
 
 
 class AuditFile:
-    """The log on disk, whole lines only, and its copy on standard output if `stdout`."""
+    """The log on disk, whole lines only, each chained to the one before; a copy on standard output if `stdout`."""
 
     def __init__(self, path: Path, stdout: bool = False) -> None:
         """Raises UserError when the file cannot be opened."""
@@ -48,8 +50,11 @@ class AuditFile:
         self._fd = -1
         self._regular = False
         self._torn = False  # the file ends in the middle of a line
+        self._last = BEGIN  # the hash of the line before the next
         try:
             self._open()
+            if self._regular:
+                self._last = last_hash(self._tail())
         except OSError as error:
             words = (error.strerror or "cannot be opened").lower()
             raise UserError(f"audit {path}: {words}; make its folder writable or set audit.file:") from None
@@ -60,6 +65,7 @@ class AuditFile:
         Raises OSError; the same lines may be tried again then.
         """
         self._follow_rotation()
+        data, last = link(data, self._last)
         before, written = os.fstat(self._fd).st_size, 0
         view = memoryview(b"\n" + data if self._torn else data)
         try:
@@ -70,7 +76,7 @@ class AuditFile:
         except OSError:
             self._torn = self._torn or (written > 0 and not self._cut_back(before))
             raise
-        self._torn = False
+        self._torn, self._last = False, last
         if self._stdout:
             with contextlib.suppress(OSError):  # a copy; the file is the record
                 while data:
@@ -89,6 +95,10 @@ class AuditFile:
         status = os.fstat(fd)
         self._regular = stat.S_ISREG(status.st_mode)
         self._torn = self._regular and status.st_size > 0 and os.pread(fd, 1, status.st_size - 1) != b"\n"
+
+    def _tail(self) -> bytes:
+        size = os.fstat(self._fd).st_size
+        return os.pread(self._fd, TAIL, max(0, size - TAIL))
 
     def _follow_rotation(self) -> None:
         try:
@@ -114,14 +124,24 @@ class Audit:
 
     `on_drop(n)` is told of exchanges that will not be in the log; it is called on any thread. Raises UserError when
     the file cannot be opened.
+    With `refuse` a full disk refuses requests; otherwise they go on and are dropped when `QUEUE` wait.
     """
 
-    def __init__(self, path: Path, stdout: bool, on_drop: Callable[[int], None], sink: Sink | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        stdout: bool,
+        on_drop: Callable[[int], None],
+        sink: Sink | None = None,
+        *,
+        refuse: bool = True,
+    ) -> None:
         self._file = sink or AuditFile(path, stdout)
         self._path = path
         self._on_drop = on_drop
         self._queue: SimpleQueue[Exchange | None] = SimpleQueue()
         self._closing = threading.Event()
+        self._refuse = refuse
         self._problem = ""
         self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
         self._thread.start()
@@ -130,6 +150,11 @@ class Audit:
     def problem(self) -> str:
         """Why exchanges are not reaching the file now; empty while they do."""
         return self._problem or ("" if self._thread.is_alive() else "the audit log is closed")
+
+    @property
+    def refuses(self) -> bool:
+        """Whether nothing may go out now, because it could not be recorded."""
+        return self._refuse and bool(self._problem)
 
     @property
     def healthy(self) -> bool:
@@ -155,13 +180,16 @@ class Audit:
             self._on_drop(left)
 
     def _run(self) -> None:
-        more = True
-        while more:
-            group, more = self._next_group()
-            lines = [text for exchange in group if (text := self._line(exchange))]
-            if lines:
-                self._commit(b"".join(lines), len(lines))
-        self._file.close()
+        try:
+            more = True
+            while more:
+                group, more = self._next_group()
+                lines = [text for exchange in group if (text := self._line(exchange))]
+                if lines:
+                    self._commit(b"".join(lines), len(lines))
+        finally:
+            self._problem = self._problem or "the audit log is closed"
+            self._file.close()
 
     def _next_group(self) -> tuple[list[Exchange], bool]:
         """The next exchanges to write together, and whether any can follow."""

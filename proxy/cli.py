@@ -639,10 +639,12 @@ def _parser() -> argparse.ArgumentParser:
     def group(name: str, text: str) -> Any:
         return verbs.add_parser(name, parents=[common], help=text).add_subparsers(required=True, metavar="COMMAND")
 
-    from proxy.clicanary import canary_parser  # which need this module
+    from proxy.cliaudit import audit_parser  # which need this module
+    from proxy.clicanary import canary_parser
     from proxy.cligateway import gateway_parser
 
     _agent_parser(group("agent", "register, show and stop agents"), verb)
+    audit_parser(verbs, group("audit", "the audit log"), verb)
     gateway_parser(group("gateway", "register who may mint tokens for agents"), verb)
     _vault_parser(group("vault", "seal, list and rotate credentials"), verb)
     canary_parser(group("canary", "tokens that open nothing and may never leave"), verb)

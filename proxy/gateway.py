@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from proxy.agent import Agent
+from proxy.audit import Audit
 from proxy.exchange import Exchange
 from proxy.limiter import Limiter
 from proxy.outbound import InjectionError, Outbound, inject
@@ -59,6 +60,7 @@ class Gateway:
         self.policy = policy
         self.vault: Vault | None = None
         self.limiter: Limiter | None = None
+        self.audit: Audit | None = None
         self.clock = clock
 
     def approve(
@@ -73,6 +75,8 @@ class Gateway:
             policy = self.policy()
             if policy is None:
                 raise Refused(Reason.POLICY_UNAVAILABLE)
+            if self.audit is not None and self.audit.refuses:
+                raise Refused(Reason.AUDIT_UNAVAILABLE)
             exchange.policy = policy.digest
             plan = self._plan(policy, agent, view, exchange)
         finally:

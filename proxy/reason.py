@@ -27,6 +27,7 @@ class Reason(StrEnum):
     CREDENTIAL_UNAVAILABLE = "credential_unavailable"
     POLICY_UNAVAILABLE = "policy_unavailable"
     STORE_UNAVAILABLE = "store_unavailable"
+    AUDIT_UNAVAILABLE = "audit_unavailable"
     UPSTREAM_UNREACHABLE = "upstream_unreachable"
     UPSTREAM_TLS = "upstream_tls"
     UPSTREAM_TIMEOUT = "upstream_timeout"
@@ -88,6 +89,7 @@ _WORDS: dict[Reason, tuple[int, str, str]] = {
     Reason.CREDENTIAL_UNAVAILABLE: (503, "The credential for {target} is not available now.", _OPERATOR),
     Reason.POLICY_UNAVAILABLE: (503, "The proxy has no rules to decide by.", _OPERATOR),
     Reason.STORE_UNAVAILABLE: (503, "The proxy cannot reach its store.", _LATER),
+    Reason.AUDIT_UNAVAILABLE: (503, "The proxy cannot put requests on record now, so it sends none.", _LATER),
     Reason.UPSTREAM_UNREACHABLE: (502, "{target} could not be reached.", "Check the host name; try again later."),
     Reason.UPSTREAM_TLS: (502, "{target} showed no certificate the proxy trusts.", _OPERATOR),
     Reason.UPSTREAM_TIMEOUT: (504, "{target} did not answer in time.", _LATER),

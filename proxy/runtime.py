@@ -97,8 +97,9 @@ class Runtime:
             own=lambda: self.own,
             via=settings.upstream.via,
         )
-        file = settings.audit.file or Path(os.devnull)
-        self.audit = Audit(file, settings.audit.stdout, self.metrics.audit_dropped, sink)
+        file, refuse = settings.audit.file or Path(os.devnull), settings.audit.on_full == "refuse"
+        self.audit = Audit(file, settings.audit.stdout, self.metrics.audit_dropped, sink, refuse=refuse)
+        self.gateway.audit = self.audit
         self.metrics.watch(self.registry.counts, lambda: self.follower.up)
 
     @classmethod

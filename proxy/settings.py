@@ -119,10 +119,11 @@ class Vault(_Section):
 
 
 class Audit(_Section):
-    """Where the audit log goes; `file` null for none."""
+    """Where the audit log goes, `file` null for none, and what happens where it cannot be written."""
 
     file: _Path | None = _spelt("{state}/audit.jsonl")
     stdout: bool = False
+    on_full: Literal["refuse", "drop"] = "refuse"
 
 
 class Limits(_Section):

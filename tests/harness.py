@@ -284,7 +284,7 @@ STATUSES = {  # contract section 6
     **dict.fromkeys(("no_rule", "blocked", "agent_killed", "private_address"), 403),
     **dict.fromkeys(("protocol_not_allowed", "credential_scope", "secret_leak"), 403),
     **dict.fromkeys(("no_identity", "bad_identity", "identity_conflict"), 407),
-    **dict.fromkeys(("credential_unavailable", "policy_unavailable", "store_unavailable"), 503),
+    **dict.fromkeys(("credential_unavailable", "policy_unavailable", "store_unavailable", "audit_unavailable"), 503),
     **dict.fromkeys(("upstream_unreachable", "upstream_tls"), 502),
     "authority_mismatch": 421,
     "ambiguous_request": 400,

@@ -143,6 +143,21 @@ TEETH: tuple[Tooth, ...] = (
         "if False:",
         "test_leaks.py -k not_written_down",
     ),
+    # Operations
+    Tooth(
+        "full-disk",
+        "gateway.py",
+        "if self.audit is not None and self.audit.refuses:",
+        "if False:",
+        "test_operations.py -k recorded",
+    ),
+    Tooth(
+        "chain",
+        "auditchain.py",
+        'if sha256(match[1] + b"}").hexdigest() != match[3].decode():',
+        "if False:",
+        "test_operations.py -k changed_log",
+    ),
     # The kill switch
     Tooth(
         "kill-cuts",

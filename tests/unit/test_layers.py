@@ -16,7 +16,7 @@ from tests.storage import ROOT
 LAYERS = {
     0: "problem reason secret",
     1: (
-        "address agent agenttoken clienthello coding exchange forms frames framing http1 pattern proof "
+        "address agent agenttoken auditchain clienthello coding exchange forms frames framing http1 pattern proof "
         "request series url"
     ),
     2: "claims grant keyformats leak policy redact sigv4",
@@ -31,7 +31,7 @@ LAYERS = {
         "store upstream vault workerprocess"
     ),
     5: ("addon cut flow lane layers peer pool relay runtime server signing strict1 strict2 supervisor tls worker"),
-    6: "__main__ check cli clicanary cligateway demo script",
+    6: "__main__ check cli cliaudit clicanary cligateway demo script",
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules.split()} | {"__init__": 0}
 

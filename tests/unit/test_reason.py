@@ -28,6 +28,7 @@ STATUSES = {
     "credential_unavailable": 503,
     "policy_unavailable": 503,
     "store_unavailable": 503,
+    "audit_unavailable": 503,
     "upstream_unreachable": 502,
     "upstream_tls": 502,
     "upstream_timeout": 504,
