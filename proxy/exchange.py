@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from proxy.agent import Agent
 from proxy.reason import Reason
@@ -29,9 +30,10 @@ class Held:
     place: str
 
 
-@dataclass(slots=True)
+@dataclass(init=False)
 class Exchange:
-    """One request and its answer. Times are Unix seconds, durations seconds, sizes bytes."""
+    """One request and its answer. Times are Unix seconds, durations seconds, sizes bytes. What was never set is read
+    from the class: one is made for each request."""
 
     id: str
     time: float
@@ -64,6 +66,19 @@ class Exchange:
     counted: tuple[str, ...] = ()  # rules whose limits it was counted by
     held: tuple[Held, ...] = ()
     ended: bool = False  # and on record
+
+    def __init__(
+        self,
+        id: str,  # noqa: A002
+        time: float,
+        listener: str,
+        client: str,
+        agent: Agent | None = None,
+        **known: Any,
+    ) -> None:
+        self.id, self.time, self.listener, self.client, self.agent = id, time, listener, client, agent
+        if known:
+            self.__dict__.update(known)
 
     @property
     def verdict(self) -> str:

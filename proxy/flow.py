@@ -51,9 +51,10 @@ class Tunnel:
     told: Told | None = None  # what its proof said of the agent
 
 
-@dataclass(slots=True)
+@dataclass(init=False)
 class FlowState:
-    """Everything of ours that a flow carries, at the metadata key `STATE`."""
+    """Everything of ours that a flow carries, at the metadata key `STATE`. What was never set is read from the class:
+    one is made for each request."""
 
     scheme: str = ""  # of the request line, before mitmproxy replaced it
     authority: str = ""
@@ -80,6 +81,11 @@ class FlowState:
     may_send: Callable[[bytes], bool] = lambda _: False  # on a WebSocket
     close: bool = False  # the client wants the connection closed (RFC 9112 section 9.6)
     http10: bool = False
+
+    def __init__(
+        self, scheme: str = "", authority: str = "", exchange: Exchange | None = None, block: HeaderBlock | None = None
+    ) -> None:
+        self.scheme, self.authority, self.exchange, self.block = scheme, authority, exchange, block
 
 
 def state_of(flow: http.HTTPFlow) -> FlowState:

@@ -694,8 +694,10 @@ class Connection:
             await self._stream_response(flow, upstream, head, body, data)
         else:
             answer = response_bytes(head.status, response.data.reason, response.data.headers.fields)
-            self.addon.response(flow)
-            await self.channel.send(answer + state.whole, self.idle)
+            try:
+                await self.channel.send(answer + state.whole, self.idle)
+            finally:
+                self.addon.response(flow)  # on record whether or not somebody took it
         return not (state.close or state.http10)
 
     async def _stream_response(
@@ -728,8 +730,10 @@ class Connection:
             data = body.take(upstream.buffer) if not body.done else b""
         if chunked:
             out.append(LAST_CHUNK)
-        self.addon.response(flow)
-        await self.channel.send(b"".join(out), self.idle)
+        try:
+            await self.channel.send(b"".join(out), self.idle)
+        finally:
+            self.addon.response(flow)
 
     async def _upstream_failed(self, flow: http.HTTPFlow, reason: Reason, body: Body) -> bool:
         self.addon.dial_of(flow).failure = reason

@@ -6,7 +6,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from urllib.parse import quote, unquote, unquote_plus, unquote_to_bytes
 
 from proxy.credential import is_aws_key
@@ -49,9 +49,10 @@ class Opened:
 class Outbound:
     """The view to forward, and what a streamed body must have replaced in it (placeholder -> secret)."""
 
-    view: RequestView
+    view: RequestView = field(repr=False)
     injected: tuple[Injected, ...] = ()
-    sent: tuple[tuple[str, bytes], ...] = ()  # credential -> each form in which its secret was sent
+    # Credential -> each form in which its secret was sent.
+    sent: tuple[tuple[str, bytes], ...] = field(default=(), repr=False)
     body: tuple[tuple[bytes, Opened], ...] = ()  # placeholder -> what replaces it while the body streams by
     signing: Signing | None = None  # what is left to do when the head is written and the body known
 

@@ -361,3 +361,9 @@ def test_an_aws_signature_is_left_to_be_made_and_the_agents_own_is_gone() -> Non
 def test_what_is_no_aws_key_signs_nothing(secret: bytes) -> None:
     with pytest.raises(InjectionError, match="ACCESS_KEY_ID:SECRET_ACCESS_KEY"):
         sent(view(), "sigv4", AWS, secret=secret)
+
+
+def test_what_goes_out_does_not_show_a_secret() -> None:
+    outbound = sent(view(), "bearer")
+    assert outbound.sent
+    assert "s3cret" not in repr(outbound)
