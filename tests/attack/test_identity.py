@@ -116,6 +116,23 @@ def test_a_header_is_no_source_address(proxy: Proxy, plain_upstream: Upstream, n
     assert plain_upstream.seen == []
 
 
+@pytest.mark.parametrize(
+    "preamble",
+    [
+        b"PROXY TCP4 10.1.2.3 127.0.0.1 4000 8080\r\n",
+        b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\x0a\x01\x02\x03\x7f\0\0\x01\x0f\xa0\x1f\x90",
+    ],
+    ids=["1", "2"],
+)
+def test_a_preamble_is_no_source_address(proxy: Proxy, plain_upstream: Upstream, preamble: bytes) -> None:
+    """What a load balancer would say of a connection (PROXY protocol) is no request here."""
+    connection = proxy.connect()
+    connection.send(preamble + request("api.test", "/x"))
+    refused(connection.response(), "ambiguous_request")
+    assert connection.closed()
+    assert plain_upstream.seen == []
+
+
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_no_claim_of_identity_reaches_an_upstream(
     proxy: Proxy, upstream: Upstream, plain_upstream: Upstream, scheme: str

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import ssl
 from collections.abc import Callable, Iterator
 
 import pytest
+import trustme
 
 from tests.h2client import Http2
-from tests.harness import Proxy, Upstream, refused
+from tests.harness import Connection, Proxy, Upstream, refused
 from tests.nameserver import Nameserver
 from tests.parentproxy import ParentProxy
 
@@ -19,6 +21,7 @@ NAMES = '["**.api.test", "*.internal", intranet, "**.localhost", "10.0.0.1", "16
 RULES = f"""
 version: 1
 rules:
+  - {{name: pinned, match: {{host: [pinned.api.test, pinned.internal]}}, action: allow, tls: passthrough}}
   - {{name: keyed, match: {{host: key.api.test}}, action: allow, inject: [{{credential: api, as: bearer}}]}}
   - {{name: tls, match: {{host: {NAMES}}}, action: allow}}
   - {{name: plain, match: {{host: {NAMES}, scheme: http}}, action: allow}}
@@ -53,7 +56,7 @@ def proxy(
     _shared_upstream: Upstream,
     _shared_plain_upstream: Upstream,
 ) -> Proxy:
-    for name in ("far", "key", "early", "again"):
+    for name in ("far", "key", "early", "again", "pinned"):
         _parent.places[f"{name}.api.test:443"] = _shared_upstream.port
         _parent.places[f"{name}.api.test:80"] = _shared_plain_upstream.port
     proxy = make_proxy(
@@ -106,6 +109,31 @@ def test_a_credential_goes_to_the_upstream_alone(proxy: Proxy, parent: ParentPro
     assert SECRET not in proxy.get("https://key.api.test/x").body.decode()
     assert [seen.header("authorization") for seen in upstream.seen] == [[f"Bearer {SECRET}"]]
     assert SECRET not in "".join(parent.heads)
+
+
+def pinned(proxy: Proxy, upstream_ca: trustme.CA, host: str) -> Connection:
+    """A client that takes nothing but the upstream's own certificate."""
+    connection = proxy.connect()
+    connection.send(f"CONNECT {host}:443 HTTP/1.1\r\nhost: {host}:443\r\n{proxy.auth('coder-1')}\r\n".encode())
+    assert connection.response("CONNECT").status == 200
+    context = ssl.create_default_context()
+    upstream_ca.configure_trust(context)
+    connection.start_tls(context, host)
+    return connection
+
+
+def test_what_is_passed_through_goes_through_the_parent(
+    proxy: Proxy, parent: ParentProxy, upstream: Upstream, upstream_ca: trustme.CA
+) -> None:
+    """Unread by either of us, and to no private name."""
+    connection = pinned(proxy, upstream_ca, "pinned.api.test")
+    connection.send(b"GET /x HTTP/1.1\r\nhost: pinned.api.test\r\n\r\n")
+    assert connection.response().status == 200
+    assert heads(parent) == [("CONNECT pinned.api.test:443 HTTP/1.1", True)]
+    assert [seen.target for seen in upstream.seen] == ["/x"]
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        pinned(proxy, upstream_ca, "pinned.internal")
+    assert len(parent.heads) == 1
 
 
 def test_a_kept_connection_goes_on(proxy: Proxy, parent: ParentProxy, upstream: Upstream) -> None:
