@@ -176,6 +176,28 @@ def is_cut(client: Connection) -> bool:
         client.sock.settimeout(PATIENCE)
 
 
+def test_a_successor_that_cannot_start_is_tried_again(pair: Proxy) -> None:
+    """Meanwhile the other worker serves, and the log says why."""
+    before, key = processes(pair), pair.folder / "certs" / "ca.key"
+    hidden = key.rename(key.with_suffix(".hidden"))
+    os.kill(before[2], signal.SIGKILL)
+    wait_for(lambda: "worker 2 does not start" in pair.stderr_text(), "the reason")
+    assert "ca.key is missing" in pair.stderr_text()
+    assert pair.get("https://api.test/").status == 200
+    assert pair.fetch_admin("/readyz")[0] == 200
+    hidden.rename(key)
+    wait_for(lambda: len(processes(pair)) == 2, "the successor")
+    assert "Traceback" not in pair.stderr_text()
+
+
+def test_the_signal_that_stops_everybody_reaches_every_worker(pair: Proxy, upstream: Upstream) -> None:
+    tunnels = on_every_worker(pair)
+    assert pair.process
+    pair.process.send_signal(signal.SIGUSR1)
+    assert seconds_until(lambda: all(map(is_cut, tunnels))) < 1.0
+    assert upstream.seen == []
+
+
 def test_a_kill_reaches_every_worker_within_a_second(pair: Proxy, upstream: Upstream) -> None:
     """New connections are refused, and those that are open on any of them are cut."""
     tunnels = on_every_worker(pair)
