@@ -41,6 +41,7 @@ from wsproto.events import CloseConnection, Event, Ping, Pong
 from proxy.flow import STATE, FlowState, clean_control_frame, state_of
 from proxy.http1 import CONSUMED_BODY
 from proxy.strict2 import StrictClient2, StrictServer2
+from proxy.strictws import MAX_MESSAGE as MAX_MESSAGE
 from proxy.tls import say_goodbye
 from proxy.upstream import Refused
 

@@ -104,6 +104,8 @@ class RequestView:
         """
         path, query, readings = _parse_target(target)
         method, overrides = _method(method), facts.overrides
+        if facts.upgrade == "websocket" and method != "GET":
+            raise Ambiguous("only a GET asks for a WebSocket")  # RFC 6455 section 4.1
         if query and method == "POST":
             overrides |= _override_in(query)
         return RequestView(method, scheme, host, port, path, query, facts.forwarded, facts.upgrade, readings, overrides)

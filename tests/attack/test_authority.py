@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import ssl
 from collections.abc import Callable
 
@@ -62,6 +64,12 @@ MISMATCH = [
     ("https://api.test:8443/x", "api.test"),
     ("http://api.test/x", "api.test"),
     ("http://api.test:443/x", "api.test:443"),
+    ("/x", "api.test.evil.test"),
+    ("/x", "evil-api.test"),
+    ("/x", "xn--pi-6kc.test"),
+    ("/x", "[::1]"),
+    ("/x", "[::ffff:192.0.2.7]"),
+    ("/x", "192.0.2.7"),
 ]
 
 
@@ -93,6 +101,28 @@ AMBIGUOUS = [
     ("/x", ["api.test, other.test"]),
     ("/x", ["api.test/other"]),
     ("/x", ["[::1"]),
+    ("/x", ["api%2etest"]),
+    ("/x", ["api.test%00.evil.test"]),
+    ("/x", ["api.test%23.evil.test"]),
+    ("/x", ["api..test"]),
+    ("/x", [".api.test"]),
+    ("/x", ["api.test.."]),
+    ("/x", ["api.test\\.evil.test"]),
+    ("/x", ["api.test#.evil.test"]),
+    ("/x", ["api.test?.evil.test"]),
+    ("/x", ["api.test;443"]),
+    ("/x", ["api.test 443"]),
+    ("/x", ["0x7f.1"]),
+    ("/x", ["2130706433"]),
+    ("/x", ["127.1"]),
+    ("/x", ["[fe80::1%25eth0]"]),
+    ("/x", ["*.test"]),
+    ("/x", ["-api.test"]),
+    ("/x", ["a" * 300 + ".test"]),
+    ("https://api%2etest/x", ["api.test"]),
+    ("https://api.test%2f@other.test/x", ["api.test"]),
+    ("https://api.test@other.test/x", ["api.test"]),
+    ("https://other.test\\@api.test/x", ["api.test"]),
     ("https://user:password@api.test/x", ["api.test"]),
     ("https://api.test:port/x", ["api.test"]),
     ("https:///x", ["api.test"]),
@@ -110,6 +140,37 @@ def test_an_authority_that_is_none_is_refused(proxy: Proxy, upstream: Upstream, 
     refused(response, "ambiguous_request")
     assert "password" not in response.body.decode()
     assert upstream.connections == 0
+
+
+LOOKALIKES = {  # a name that looks like api.test, and the name that it is
+    "\u0430pi.test": "xn--pi-6kc.test",  # a Cyrillic letter
+    "api.t\u0435st": "api.xn--tst-rdd",
+    "\u0251pi.test": "xn--pi-4eb.test",
+    "a\u0440i.test": "xn--ai-lmc.test",
+}
+
+
+@pytest.mark.parametrize("name", LOOKALIKES)
+def test_a_name_that_looks_alike_is_another(proxy: Proxy, upstream: Upstream, name: str) -> None:
+    """In UTF-8 or as an A-label, as a target and as Host."""
+    for spelling in (name, LOOKALIKES[name]):
+        connection = proxy.connect()
+        connection.send(f"GET https://{spelling}/x HTTP/1.1\r\n{proxy.auth('coder-1')}\r\n".encode())
+        assert connection.response().code in ("no_rule", "ambiguous_request")
+        tunnel = proxy.tunnel("api.test")
+        tunnel.send(f"GET /x HTTP/1.1\r\nhost: {spelling}\r\n\r\n".encode())
+        assert tunnel.response().code in ("authority_mismatch", "ambiguous_request")
+    assert upstream.connections == 0
+
+
+@pytest.mark.parametrize("name", ["API\uff0eTEST", "\u24d0pi.test", "api\u3002test", "ap\u00adi.test", "ap\u0131.test"])
+def test_a_name_that_would_be_mapped_is_not_api_test(proxy: Proxy, upstream: Upstream, name: str) -> None:
+    """What IDNA 2003 and browsers map to ASCII (UTS #46) must not be matched as one and sent as the other."""
+    tunnel = proxy.tunnel("api.test")
+    tunnel.send(f"GET /x HTTP/1.1\r\nhost: {name}\r\n\r\n".encode())
+    response = tunnel.response()
+    assert response.status == 200 or response.code in ("authority_mismatch", "ambiguous_request")
+    assert [seen.header("host") for seen in upstream.seen] == ([["api.test"]] if response.status == 200 else [])
 
 
 @pytest.mark.parametrize("sni", ["other.test", "x.api.test", "api.test.evil.test"])
@@ -393,3 +454,115 @@ def test_authority_in_http_2(
         assert response.status == 200 if code is None else refused(response, code)
     assert [seen.target for seen in upstream.seen] == (["/first"] if code else ["/first", "/x"])
     assert all(seen.header("host") == ["api.test"] for seen in upstream.seen)
+
+
+# ClientHellos
+
+
+def client_hello(proxy: Proxy, name: str | None = "api.test") -> bytes:
+    """The first flight of a client, one record."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    context = proxy.trust
+    context.check_hostname = name is not None
+    with pytest.raises(ssl.SSLWantReadError):
+        context.wrap_bio(incoming, outgoing, server_hostname=name).do_handshake()
+    return outgoing.read()
+
+
+def with_extension(hello: bytes, kind: int, data: bytes) -> bytes:
+    """The same hello with one more extension (RFC 8446 section 4.1.2), all lengths in order."""
+    body = hello[9:]
+    at = 34 + 1 + body[34]
+    at += 2 + int.from_bytes(body[at : at + 2])
+    at += 1 + body[at]
+    extensions = kind.to_bytes(2) + len(data).to_bytes(2) + data + body[at + 2 :]
+    body = body[:at] + len(extensions).to_bytes(2) + extensions
+    message = b"\1" + len(body).to_bytes(3) + body
+    return b"\x16\3\1" + len(message).to_bytes(2) + message
+
+
+def in_records(hello: bytes, size: int) -> bytes:
+    """The same handshake message in records of `size` bytes (RFC 8446 section 5.1)."""
+    message = hello[5:]
+    pieces = [message[at : at + size] for at in range(0, len(message), size)]
+    return b"".join(b"\x16\3\1" + len(piece).to_bytes(2) + piece for piece in pieces)
+
+
+HELLOS: dict[str, Callable[[bytes], bytes]] = {
+    "more than 1 KB": lambda hello: with_extension(hello, 0x5A5A, bytes(1500)),
+    "more than 8 KB": lambda hello: with_extension(hello, 0x5A5A, bytes(8500)),
+    "in many records": lambda hello: in_records(hello, 50),
+    "in records of one byte": lambda hello: in_records(hello, 1),
+    "encrypted, of which we know no key": lambda hello: with_extension(hello, 0xFE0D, bytes(200)),
+    "with an extension nobody knows": lambda hello: with_extension(hello, 0x4A4A, b"\0"),
+}
+
+
+@pytest.mark.parametrize("packet", [1 << 20, 700, 3], ids=["at once", "in packets", "in drops"])
+@pytest.mark.parametrize("case", HELLOS)
+def test_a_client_hello_in_any_shape_is_read(proxy: Proxy, upstream: Upstream, case: str, packet: int) -> None:
+    """Over records and packets: the answer is a ServerHello, or an alert where we changed what was signed for."""
+    connection = connected(proxy, "api.test:443")
+    hello = HELLOS[case](client_hello(proxy))
+    for at in range(0, len(hello), packet):
+        connection.send(hello[at : at + packet])
+    assert connection.recv()[:1] in (b"\x16", b"\x15")
+    assert upstream.connections == 0
+
+
+@pytest.mark.parametrize("size", [1, 50, 400])
+@pytest.mark.parametrize(("name", "status"), [("api.test", 200), ("other.test", 421), (None, 200)], ids=str)
+def test_a_split_client_hello_names_what_it_names(
+    proxy: Proxy, upstream: Upstream, size: int, name: str | None, status: int
+) -> None:
+    """A name that was not read because it came in pieces would be a name that was not checked."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    context = proxy.trust
+    context.check_hostname = name is not None
+    tls = context.wrap_bio(incoming, outgoing, server_hostname=name)
+    connection = connected(proxy, "api.test:443")
+    with pytest.raises(ssl.SSLWantReadError):
+        tls.do_handshake()
+    connection.send(in_records(outgoing.read(), size))
+
+    def until[T](step: Callable[[], T]) -> T:
+        while True:
+            try:
+                result = step()
+            except ssl.SSLWantReadError:
+                incoming.write(connection.recv())
+            else:
+                connection.send(outgoing.read())
+                return result
+
+    until(tls.do_handshake)
+    tls.write(b"GET /x HTTP/1.1\r\nhost: api.test\r\n\r\n")
+    connection.send(outgoing.read())
+    assert until(lambda: tls.read(65536)).startswith(b"HTTP/1.1 %d " % status)
+    assert len(upstream.seen) == (status == 200)
+
+
+GARBAGE: dict[str, Callable[[bytes], bytes]] = {
+    "cut short": lambda hello: hello[:-10],
+    "a length that lies": lambda hello: hello[:6] + b"\xff\xff\xff" + hello[9:],
+    "a list of names without end": lambda hello: with_extension(hello, 0, b"\xff\xff\0\xff\xffapi.test"),
+    "two names": lambda hello: with_extension(hello, 0, b"\0\x0c\0\0\x09evil.test"),
+    "an empty name": lambda hello: with_extension(hello, 0, b"\0\3\0\0\0"),
+    "random bytes": lambda hello: hello[:43] + bytes(range(256)) * 2,
+    "a record that is too large": lambda hello: b"\x16\3\1\xff\xff" + bytes(65535),
+    "empty records": lambda _: b"\x16\3\1\0\0" * 5000,
+    "a hello of 16 MB": lambda hello: b"\x16\3\1\x40\0\1\xff\xff\xff" + b"\3\3" + bytes(0x4000 - 6) * 8,
+}
+
+
+@pytest.mark.parametrize("case", GARBAGE)
+def test_garbage_in_a_client_hello_ends_the_tunnel(proxy: Proxy, upstream: Upstream, case: str) -> None:
+    """No crash, no hang and no dial; the proxy goes on."""
+    connection = connected(proxy, "api.test:443")
+    with contextlib.suppress(OSError):
+        connection.send(GARBAGE[case](client_hello(proxy)))
+        connection.sock.shutdown(socket.SHUT_WR)
+    while connection.recv():
+        pass
+    assert upstream.connections == 0
+    assert proxy.get("https://api.test/x").status == 200

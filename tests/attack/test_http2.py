@@ -60,6 +60,13 @@ def attacker(proxy: Proxy, request: pytest.FixtureRequest) -> str:
     return name
 
 
+@pytest.fixture(scope="module")
+def spender(proxy: Proxy) -> str:
+    """An agent for tests that spend nothing."""
+    proxy.agent("spender-1")
+    return "spender-1"
+
+
 @pytest.fixture
 def client(proxy: Proxy, attacker: str, upstream: Upstream) -> Http2:
     client = Http2(proxy.tunnel("api.test", agent=attacker, alpn="h2"))
@@ -207,6 +214,110 @@ def push(client: Http2, data: bytes) -> None:
         client.connection.sock.sendall(data)
 
 
+# Tricks with headers
+
+M, S, A, P = (":method", "POST"), (":scheme", "https"), (":authority", "api.test"), (":path", "/v1/x")
+GOOD = [M, S, A, P]
+TRICKS: dict[str, list[tuple[str, str]]] = {
+    "no method": [S, A, P],
+    "no scheme": [M, A, P],
+    "no path": [M, S, A],
+    "no authority and no Host": [M, S, P],
+    "two methods": [M, M, S, A, P],
+    "two schemes": [M, S, S, A, P],
+    "two authorities": [M, S, A, A, P],
+    "two other authorities": [M, S, A, (":authority", "other.test"), P],
+    "two paths": [M, S, A, P, (":path", "/v2/x")],
+    "a path behind a header": [M, S, A, ("x-one", "a"), P],
+    "a second path behind a header": [*GOOD, ("x-one", "a"), (":path", "/v2/x")],
+    "a status": [*GOOD, (":status", "200")],
+    "a pseudo-header nobody knows": [*GOOD, (":x", "a")],
+    "a protocol": [*GOOD, (":protocol", "websocket")],
+    "an empty path": [M, S, A, (":path", "")],
+    "a path that is none": [M, S, A, (":path", "v1/x")],
+    "a whole URL for a path": [M, S, A, (":path", "https://other.test/v1/x")],
+    "an authority for a path": [M, S, A, (":path", "//other.test/v1/x")],
+    "a line break in the path": [M, S, A, (":path", "/v1/x HTTP/1.1\r\nhost: other.test\r\n\r\n")],
+    "a line feed in the path": [M, S, A, (":path", "/v1/x\nx-two: b")],
+    "a NUL in the path": [M, S, A, (":path", "/v1/x\0")],
+    "a fragment": [M, S, A, (":path", "/v1/x#y")],
+    "an empty method": [(":method", ""), S, A, P],
+    "a request line for a method": [(":method", "GET /v2/x HTTP/1.1\r\nx: y\r\n\r\nPOST"), S, A, P],
+    "a space in the method": [(":method", "POST "), S, A, P],
+    "cleartext": [M, (":scheme", "http"), A, P],
+    "a scheme with a line break": [M, (":scheme", "https\r\nx: y"), A, P],
+    "a URL for a scheme": [M, (":scheme", "https://other.test/"), A, P],
+    "a line break in the authority": [M, S, (":authority", "api.test\r\nx-two: b"), P],
+    "a user in the authority": [M, S, (":authority", "u@api.test"), P],
+    "a path in the authority": [M, S, (":authority", "api.test/v2"), P],
+    "an empty authority": [M, S, (":authority", ""), ("host", "other.test"), P],
+    "another Host": [*GOOD, ("host", "other.test")],
+    "two Hosts": [*GOOD, ("host", "api.test"), ("host", "other.test")],
+    "a length with a sign": [*GOOD, ("content-length", "+5")],
+    "a length twice": [*GOOD, ("content-length", "5"), ("content-length", "5")],
+    "two lengths": [*GOOD, ("content-length", "5"), ("content-length", "6")],
+    "a length that is too large": [*GOOD, ("content-length", "6")],
+    "a length that is too small": [*GOOD, ("content-length", "4")],
+    "chunks": [*GOOD, ("transfer-encoding", "chunked")],
+    "connection": [*GOOD, ("connection", "close")],
+    "keep-alive": [*GOOD, ("keep-alive", "5")],
+    "upgrade": [*GOOD, ("upgrade", "websocket")],
+    "a coding in te": [*GOOD, ("te", "gzip")],
+    "a line break in a value": [*GOOD, ("x-one", "a\r\nx-two: b")],
+    "a request in a value": [*GOOD, ("x-one", "a\r\n\r\nGET /v2/x HTTP/1.1\r\nhost: api.test")],
+    "a carriage return in a value": [*GOOD, ("x-one", "a\rb")],
+    "a line feed in a value": [*GOOD, ("x-one", "a\nb")],
+    "a NUL in a value": [*GOOD, ("x-one", "a\0")],
+    "a line break in a cookie": [*GOOD, ("cookie", "a=b\r\nx-two: b")],
+    "a space in a name": [*GOOD, ("x one", "a")],
+    "a line break in a name": [*GOOD, ("x-one: a\r\nx-two", "b")],
+    "a colon in a name": [*GOOD, ("x:one", "b")],
+    "an empty name": [*GOOD, ("", "b")],
+    "a capital in a name": [*GOOD, ("X-One", "a")],
+    "framing with an underscore": [*GOOD, ("content_length", "1")],
+}
+
+
+def sent(client: Http2, head: list[tuple[str, str]]) -> int:
+    """A request with exactly this head, and five bytes of body."""
+    push(client, headers(1, bytes(Encoder().encode(head))).serialize())
+    push(client, DataFrame(1, data=b"hello", flags=["END_STREAM"]).serialize())
+    client.h2.send_headers(1, GOOD, end_stream=True)  # so that our own state machine knows of it; it is not sent
+    client.h2.clear_outbound_data_buffer()
+    return 1
+
+
+@pytest.mark.parametrize("case", TRICKS)
+def test_a_malformed_head_reaches_nobody(proxy: Proxy, spender: str, upstream: Upstream, case: str) -> None:
+    """It is refused, or its stream or its connection is ended (RFC 9113 section 8.1.1)."""
+    client = Http2(proxy.tunnel("api.test", agent=spender, alpn="h2"))
+    stream = sent(client, TRICKS[case])
+    try:
+        response = client.response(stream)
+    except ConnectionError:
+        pass
+    else:
+        assert response.status in (400, 403, 421), response
+        refused(response, response.code)
+    assert upstream.seen == []
+
+
+def test_a_head_with_nothing_wrong_arrives(proxy: Proxy, spender: str, upstream: Upstream) -> None:
+    """Sent in the same way as those above."""
+    client = Http2(proxy.tunnel("api.test", agent=spender, alpn="h2"))
+    assert client.response(sent(client, GOOD)).status == 200
+    assert [(seen.method, seen.target, seen.body) for seen in upstream.seen] == [("POST", "/v1/x", b"hello")]
+
+
+def test_methods_that_are_never_forwarded(proxy: Proxy, spender: str, upstream: Upstream) -> None:
+    """TRACE in band; CONNECT has no path, which ends the connection."""
+    client = Http2(proxy.tunnel("api.test", agent=spender, alpn="h2"))
+    refused(client.response(client.request("/v1/x", method="TRACE")), "protocol_not_allowed")
+    with pytest.raises(ConnectionError):
+        client.response(client.request("", method="CONNECT"))
+    assert upstream.connections == 0
+
+
 # From an upstream
 
 
@@ -244,7 +355,7 @@ def continuation_of_answer(size: int, times: int) -> Iterator[Frame]:
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_hostile_upstream_is_given_up(proxy: Proxy, attacker: str, upstream2: Upstream, case: str) -> None:
+def test_a_hostile_upstream_is_given_up(proxy: Proxy, spender: str, upstream2: Upstream, case: str) -> None:
     """The client is told at once, in our words, or its stream is reset; it can go on."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -259,7 +370,7 @@ def test_a_hostile_upstream_is_given_up(proxy: Proxy, attacker: str, upstream2: 
         await reader.read()
 
     upstream2.raw = serve
-    client = Http2(proxy.tunnel("two.test", agent=attacker, alpn="h2"))
+    client = Http2(proxy.tunnel("two.test", agent=spender, alpn="h2"))
     stream = client.request("/v1/x", "two.test")
     try:
         response = client.response(stream)

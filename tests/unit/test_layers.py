@@ -30,7 +30,10 @@ LAYERS = {
         "parent poller records registry rollback rotation running sandboxenv settings settingvalue snapshot "
         "store upstream vault workerprocess"
     ),
-    5: ("addon cut flow lane layers peer pool relay runtime server signing strict1 strict2 supervisor tls worker"),
+    5: (
+        "addon cut flow lane layers peer pool relay runtime server signing strict1 strict2 strictws supervisor "
+        "tls worker"
+    ),
     6: "__main__ check cli cliaudit clicanary cligateway demo script",
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules.split()} | {"__init__": 0}

@@ -78,8 +78,8 @@ def test_a_new_host_gets_the_schemes_own_port() -> None:
 
 
 def test_an_upgrade_outlives_a_rewrite() -> None:
-    request = view("/", (b"Connection", b"upgrade"), (b"Upgrade", b"websocket"))
-    assert rewrite(request, Rewrite(host=Host("b.test"))).upgrade == "websocket"
+    request = view("/", (b"Connection", b"upgrade"), (b"Upgrade", b"h2c"))
+    assert rewrite(request, Rewrite(host=Host("b.test"))).upgrade == "h2c"
 
 
 @pytest.mark.parametrize(

@@ -276,11 +276,11 @@ def test_a_target_for_a_message_leaves_out_the_query() -> None:
 
 
 def test_a_retargeted_request_is_read_anew() -> None:
-    request = view("/a?b", (b"c", b"d"), (b"upgrade", b"websocket"), method="POST")
+    request = view("/a?b", (b"c", b"d"), (b"upgrade", b"h2c"), method="POST")
     moved = request.retargeted(Host("new.test"), 8443, "/x%2Fy?z")
     assert (moved.host.name, moved.port, moved.path, moved.query) == ("new.test", 8443, "/x%2Fy", "z")
     assert moved.readings == ("/x%2Fy", "/x/y")
-    assert (moved.method, moved.headers, moved.upgrade) == ("POST", request.headers, "websocket")
+    assert (moved.method, moved.headers, moved.upgrade) == ("POST", request.headers, "h2c")
 
 
 def test_every_spelling_of_a_header_is_stripped() -> None:
@@ -320,3 +320,26 @@ def test_a_proof_of_who_a_connection_is_of_is_refused(value: bytes) -> None:
     with pytest.raises(Ambiguous):
         RequestView.parse("GET", "https", Host.parse("a.test"), 443, "/", [(b"aUthorization", value)])
     RequestView.parse("GET", "https", Host.parse("a.test"), 443, "/", [(b"authorization", b"Bearer " + value)])
+
+
+def test_a_websocket_is_asked_for_by_get() -> None:
+    """RFC 6455 section 4.1."""
+    assert view("/a", (b"upgrade", b"websocket")).upgrade == "websocket"
+    with pytest.raises(Ambiguous):
+        view("/a", (b"upgrade", b"WebSocket"), method="POST")
+
+
+@pytest.mark.parametrize(
+    ("query", "overrides"),
+    [("_method=put", {"PUT"}), ("+.method=a%2CB", {"A,B", "A", "B"}), ("_method[]=", {""}), ("x_method=put", set())],
+)
+def test_a_post_can_be_another_method_to_its_origin(query: str, overrides: set[str]) -> None:
+    """As frameworks read its query; a value that names none is one all the same."""
+    assert view(f"/a?{query}", method="POST").overrides == overrides
+    assert view(f"/a?{query}", method="GET").overrides == set()
+
+
+def test_other_headers_of_a_view_leave_its_overrides() -> None:
+    """A header that a rule removes has been decided on before."""
+    request = view("/a", (b"x-method-override", b"put"))
+    assert request.with_headers(()).overrides == {"PUT"}

@@ -59,10 +59,10 @@ def test_what_is_no_url_is_the_users_mistake(url: str) -> None:
 
 
 def test_headers_and_method_arrive() -> None:
-    view = parse_url("post", "https://example.com/", [("X-A", "ü"), ("Upgrade", "WebSocket")])
+    view = parse_url("post", "https://example.com/", [("X-A", "ü"), ("Upgrade", "H2C")])
     assert view.method == "POST"
     assert view.headers[0] == (b"X-A", "ü".encode())
-    assert view.upgrade == "websocket"
+    assert view.upgrade == "h2c"
 
 
 def test_a_header_that_would_split_the_request_is_ambiguous() -> None:
