@@ -254,7 +254,7 @@ def _response(status: int, headers: Iterable[Field], body: bytes) -> http.Respon
 
 
 def clean_response_headers(flow: http.HTTPFlow, edits: Iterable[Edit], redactor: Replacer | None) -> None:
-    """Strip what is ours or of one hop, apply the rule's edits, redact values."""
+    """Strip what is ours or of one hop, apply the rule's edits, redact names and values."""
     response = flow.response
     assert response
     state, data = state_of(flow), response.data
@@ -262,12 +262,12 @@ def clean_response_headers(flow: http.HTTPFlow, edits: Iterable[Edit], redactor:
     fields = [field for field in data.headers.fields if _passes_back(field[0]) or (upgraded and _is_upgrade(field[0]))]
     for edit in edits:
         fields = edit_headers(fields, edit)
-    values = b"\0".join([value for _, value in fields])
+    values = b"\0".join([part for field in fields for part in field])
     if b"\n" in values or b"\r" in values:
         fields = [(name, _LINE_BREAK.sub(b" ", value)) for name, value in fields]
     if redactor and (redactor.finds(values) or redactor.finds(data.reason)):
         exchange = state.exchange
-        fields = [(name, _redacted(value, redactor, exchange)) for name, value in fields]
+        fields = _redacted_fields(fields, redactor, exchange)
         data.reason = _redacted(data.reason, redactor, exchange)
     if upgraded:
         fields.append((b"Connection", b"Upgrade"))
@@ -326,8 +326,17 @@ def clean_response_trailers(flow: http.HTTPFlow, redactor: Replacer | None) -> N
     """Redact the trailers of an HTTP/2 response."""
     if flow.response and flow.response.trailers and redactor:
         exchange = state_of(flow).exchange
-        fields = [(name, _redacted(value, redactor, exchange)) for name, value in flow.response.trailers.fields]
+        fields = _redacted_fields(flow.response.trailers.fields, redactor, exchange)
         flow.response.trailers = http.Headers(fields)
+
+
+def _redacted_fields(fields: Iterable[Field], redactor: Replacer, exchange: Exchange | None) -> list[Field]:
+    """Headers without secrets; what is left of a name that held one would be none, and is left out."""
+    return [
+        (name, _redacted(value, redactor, exchange))
+        for name, value in fields
+        if _redacted(name, redactor, exchange) == name
+    ]
 
 
 def clean_control_frame(flow: http.HTTPFlow, event: Event) -> Event:

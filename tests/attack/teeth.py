@@ -157,6 +157,27 @@ TEETH: tuple[Tooth, ...] = (
         'if sha256(match[1] + b"}").hexdigest() != match[3].decode():',
         "if False:",
         "test_operations.py -k changed_log",
+    Tooth(
+        "reflected-header-name",
+        "flow.py",
+        "if _redacted(name, redactor, exchange) == name",
+        "if name",
+        "test_reflection.py -k named_after",
+    ),
+    # Hidden channels
+    Tooth(
+        "labels",
+        "policy.py",
+        'return "max_labels"',
+        'return ""',
+        "test_channels.py -k labels",
+    ),
+    Tooth(
+        "resolvers",
+        "policy.py",
+        "        if name in DNS_OVER_HTTPS:\n",
+        "        if False:\n",
+        "test_channels.py -k resolver",
     ),
     # The kill switch
     Tooth(
