@@ -193,8 +193,13 @@ class Stream(http_layers.HttpStream):
     def _guarded(self, event: Event) -> Event:
         """A control frame on its way to the upstream, emptied where it may not say what it does."""
         may_send = state_of(self.flow).may_send
-        if isinstance(event, CloseConnection) and event.reason and not may_send(event.reason.encode()):
-            return replace(event, reason="")
+        if isinstance(event, CloseConnection):
+            told = (
+                self.flow.websocket.closed_by_client if self.flow.websocket else True
+            )  # else it is the upstream's own
+            return (
+                event if not (told and event.reason) or may_send(event.reason.encode()) else replace(event, reason="")
+            )
         if isinstance(event, Ping | Pong) and event.payload and not may_send(bytes(event.payload)):
             return replace(event, payload=b"")
         return event

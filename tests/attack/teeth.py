@@ -157,6 +157,7 @@ TEETH: tuple[Tooth, ...] = (
         'if sha256(match[1] + b"}").hexdigest() != match[3].decode():',
         "if False:",
         "test_operations.py -k changed_log",
+    ),
     Tooth(
         "reflected-header-name",
         "flow.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gzip
 import itertools
@@ -14,6 +15,17 @@ from urllib.parse import quote
 
 import brotli
 import pytest
+from wsproto import ConnectionType, WSConnection
+from wsproto.events import (
+    AcceptConnection,
+    BytesMessage,
+    CloseConnection,
+    Event,
+    Ping,
+    Pong,
+    Request,
+    TextMessage,
+)
 
 from proxy.keyformats import checksum
 from tests.harness import Connection, Proxy, Response, Upstream, refused, wait_for
@@ -396,3 +408,47 @@ def test_no_process_shows_a_secret_and_none_dumps_its_memory(proxy: Proxy) -> No
     assert not any(secret.encode() in shown for secret in (SECRET, HEX, ELSEWHERE, TEXT, *proxy.tokens.values()))
     [core] = [line for line in (folder / "limits").read_text().splitlines() if line.startswith("Max core file size")]
     assert core.split()[4:6] == ["0", "0"]
+
+
+# WebSockets
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        TextMessage(data=f"it is {SECRET}"),
+        BytesMessage(data=b"it is " + base64.b64encode(SECRET.encode())),
+        Ping(payload=SECRET.encode()),
+        Pong(payload=SECRET.encode()),
+        CloseConnection(code=1000, reason=SECRET),
+    ],
+    ids=["text", "bytes", "ping", "pong", "close"],
+)
+def test_a_websocket_says_no_secret(proxy: Proxy, upstream: Upstream, event: Event) -> None:
+    """Its connection is cut."""
+    got = bytearray()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server = WSConnection(ConnectionType.SERVER)
+        server.receive_data(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(server.send(AcceptConnection()))
+        while data := await reader.read(65536):
+            server.receive_data(data)
+            got.extend(repr(list(server.events())).encode())
+
+    upstream.raw = serve
+    client, path = proxy.tunnel("other.test"), f"/live/{next(NUMBERS)}"
+    socket = WSConnection(ConnectionType.CLIENT)
+    client.send(socket.send(Request(host="other.test", target=path)))
+    socket.receive_data(client.read_until(b"\r\n\r\n"))
+    list(socket.events())
+    client.send(socket.send(TextMessage(data="hello")))
+    wait_for(lambda: b"hello" in got, "the first message")
+    client.send(socket.send(event))
+    while client.recv():
+        pass
+    line = proxy.audit(path=path)[0]
+    assert (line["verdict"], line["reason"]) == ("block", "secret_leak")
+    assert line["leak"] == {"kind": "credential", "name": "api", "where": "websocket"}
+    assert SECRET.encode() not in got
+    assert base64.b64encode(SECRET.encode()) not in got
