@@ -47,6 +47,7 @@ from proxy.relay import RelayLayer
 from proxy.request import Ambiguous, RequestView
 from proxy.settingvalue import Listener
 from proxy.signing import sign_request
+from proxy.strangers import Strangers
 from proxy.strict1 import LATE_HEAD, StrictServer
 from proxy.strict2 import StrictServer2
 from proxy.upstream import PINNED, Refused, Upstream
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from proxy.runtime import Runtime
 
 _log = logging.getLogger("sallyport")
+MINTS, MINT_EVERY = 500, 0.05  # certificates for new hosts that one agent gets at once, and seconds until one more
 
 
 def _refuse_flow(addon: Addon, flow: http.HTTPFlow) -> None:
@@ -110,6 +112,11 @@ class Addon:
         self.elsewhere: Mapping[str, int] = {}  # how many connections an agent has in other workers
         self.draining = False  # connections end with the answer that comes next
         self._guesses = Guesses()
+        self._mints = Guesses(MINTS, MINT_EVERY)
+        self.strangers = Strangers(
+            runtime.settings.limits.unidentified_per_source,
+            lambda: runtime.metrics.limit_exceeded("", "", "unidentified"),
+        )
         # By where to and what is sent there; good for as long as no other credential is opened or closed.
         self._replacers: dict[
             tuple[str, int, tuple[tuple[str, bytes], ...]], tuple[Mapping[str, Lease] | None, Replacer | None]
@@ -126,6 +133,18 @@ class Addon:
         source = client.peername[0] if client.peername else ""
         self.peers[client.id] = Peer(client, listener, self.identity.of_connection(source, listener.agent))
         self.runtime.metrics.connection(listener.address, 1)
+        self.strangers.add(source, client.id, lambda: self.abort(client))
+
+    def enter_tunnel(self, client: connection.Client, tunnel: Tunnel) -> None:
+        """A connection that was handed over is in a tunnel already, and counts as its agent's."""
+        peer = self.peers[client.id]
+        peer.tunnel = tunnel
+        self._belongs(peer, tunnel.agent_id)
+
+    def _belongs(self, peer: Peer, agent_id: str) -> None:
+        self.by_agent[agent_id].add(peer.client.id)
+        peer.agents.add(agent_id)
+        self.strangers.remove(peer.client.peername[0] if peer.client.peername else "", peer.client.id)
 
     @guarded(_cut_client)
     def client_disconnected(self, client: connection.Client) -> None:
@@ -133,6 +152,7 @@ class Addon:
         peer = self.peers.pop(client.id, None)
         if peer is None:
             return
+        self.strangers.remove(client.peername[0] if client.peername else "", client.id)
         for agent in peer.agents:
             self.by_agent[agent].discard(client.id)
             if not self.by_agent[agent]:
@@ -272,6 +292,10 @@ class Addon:
                 raise Refused(Reason.NO_RULE)
             if self.runtime.agent_authorities:
                 _vouch(policy, identified, host)
+            assert identified.agent
+            if self._mints_too_many(identified.agent.id, host):
+                self.runtime.metrics.limit_exceeded(identified.agent.id, "", "certificates")
+                raise Refused(Reason.LIMIT_EXCEEDED, ": it asked for too many new hosts")
         except Refused as refused:
             self.refuse(flow, refused)
             self._record(flow)
@@ -586,7 +610,14 @@ class Addon:
         """The certificate to show in a tunnel."""
         host, tunnel = self.certificate_host(client, server_name), self.tunnel_of(client)
         assert tunnel
+        if host != tunnel.host and self._mints_too_many(tunnel.agent_id, host):
+            host = tunnel.host  # a wrong name either way: only then the client cannot read the refusal
         return self.runtime.leaf(tunnel.agent_id, host)
+
+    def _mints_too_many(self, agent_id: str, host: Host) -> bool:
+        """Whether a certificate for `host` would be one too many for an agent: making one costs as much as some
+        requests, and pushes another out of the cache."""
+        return not self.runtime.has_leaf(agent_id, host) and self._mints.too_many(agent_id, time.monotonic())
 
     def certificate_host(self, client: connection.Client, server_name: str | None) -> Host:
         """Whose certificate to show. The server name must be the CONNECT target; with another one the client gets that
@@ -762,8 +793,7 @@ class Addon:
             if there >= self.runtime.settings.limits.connections_per_agent:
                 self.runtime.metrics.limit_exceeded(agent.id, "", "connections")
                 raise Refused(Reason.LIMIT_EXCEEDED, ": it has too many connections")
-            connections.add(peer.client.id)
-            peer.agents.add(agent.id)
+            self._belongs(peer, agent.id)
 
     @staticmethod
     def _view(flow: http.HTTPFlow, peer: Peer) -> RequestView:

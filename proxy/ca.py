@@ -81,6 +81,10 @@ class Authority:
             self._leaves.clear()
         return not same
 
+    def has(self, host: Host) -> bool:
+        """Whether the certificate for `host` is there already."""
+        return host in self._leaves
+
     def leaf(self, host: Host) -> Leaf:
         """The certificate to show for `host`."""
         leaf = self._leaves.get(host)

@@ -17,7 +17,8 @@ _SITE = 64  # bits of an IPv6 address that one sandbox cannot choose (RFC 4291 s
 class Guesses:
     """A token bucket for each source address (an IPv6 one by its /64), bounded in memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, burst: int = BURST, every: float = EVERY) -> None:
+        self._burst, self._every = burst, every
         self._sources: OrderedDict[str, tuple[float, float]] = OrderedDict()  # what is left, and when it was
 
     def __len__(self) -> int:
@@ -26,8 +27,8 @@ class Guesses:
     def too_many(self, source: str, now: float) -> bool:
         """Count a wrong proof shown by `source` at `now` (seconds); whether it is beyond what is answered as such."""
         key = _network(source)
-        left, since = self._sources.get(key, (float(BURST), now))
-        left = min(BURST, left + max(0.0, now - since) / EVERY)  # a clock may jump back
+        left, since = self._sources.get(key, (float(self._burst), now))
+        left = min(self._burst, left + max(0.0, now - since) / self._every)  # a clock may jump back
         over = left < 1
         self._sources[key] = (left if over else left - 1), now
         self._sources.move_to_end(key)

@@ -236,11 +236,14 @@ class Connection:
     async def _serve(self) -> None:
         listener = self.addon.listeners[self.channel.sock.getsockname()[1]].address
         self.lane.strangers.add(self)
+        source = _source(self.channel)
+        self.addon.strangers.add(source, self, self.abort)
         self.lane.runtime.metrics.connection(listener, 1)  # who says nothing is counted too
         try:
             taken = await self._takes()
         finally:
             self.lane.strangers.discard(self)
+            self.addon.strangers.remove(source, self)
             self.lane.runtime.metrics.connection(listener, -1)
         if not taken:
             if not self.channel.closed:
@@ -778,6 +781,13 @@ def _each(pieces: bytes | Iterable[bytes]) -> list[bytes]:
     if isinstance(pieces, bytes):
         return [pieces] if pieces else []
     return [piece for piece in pieces if piece]
+
+
+def _source(channel: Channel) -> str:
+    try:
+        return str(channel.sock.getpeername()[0])
+    except (OSError, IndexError):  # gone already, or a unix socket's client
+        return ""
 
 
 async def _pump(source: Channel, target: Channel, idle: float) -> None:

@@ -17,7 +17,7 @@ from proxy.admin import Admin, Status
 from proxy.agent import AgentState
 from proxy.agentca import AgentAuthorities
 from proxy.audit import Audit, Sink
-from proxy.ca import Leaf
+from proxy.ca import Authority, Leaf
 from proxy.canary import TABLE as CANARIES
 from proxy.canary import Canaries
 from proxy.exchange import Exchange
@@ -186,13 +186,19 @@ class Runtime:
 
     def leaf(self, agent_id: str, host: Host) -> Leaf:
         """The certificate for `host` that the sandbox of an agent trusts."""
-        authority = self.authority
-        if self.agent_authorities:
-            agent = self.registry.by_id(agent_id)
-            if agent is None:
-                raise LookupError("the agent is gone, and its CA with it")
-            authority = self.agent_authorities.of(agent)
-        return authority.leaf(host)
+        return self._authority_of(agent_id).leaf(host)
+
+    def has_leaf(self, agent_id: str, host: Host) -> bool:
+        """Whether that certificate is there already."""
+        return self._authority_of(agent_id).has(host)
+
+    def _authority_of(self, agent_id: str) -> Authority:
+        if not self.agent_authorities:
+            return self.authority
+        agent = self.registry.by_id(agent_id)
+        if agent is None:
+            raise LookupError("the agent is gone, and its CA with it")
+        return self.agent_authorities.of(agent)
 
     async def _end_authorities(self, names: set[str] | None) -> None:
         assert self.agent_authorities

@@ -128,7 +128,7 @@ class Handler(mitm_server.LiveConnectionHandler):
             if result is not None:
                 await result
             if self.tunnel and hook.name == "client_connected":
-                self.addon.peers[self.client.id].tunnel = self.tunnel
+                self.addon.enter_tunnel(self.client, self.tunnel)
 
     async def open_connection(self, command: commands.OpenConnection) -> None:
         """Dial, but not for ever."""

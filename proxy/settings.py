@@ -132,6 +132,7 @@ class Limits(_Section):
     buffer: Annotated[_Size, AfterValidator(_positive)] = _spelt("1MiB")
     headers: Annotated[_Size, AfterValidator(_positive)] = _spelt("64KiB")
     connections_per_agent: int = Field(default=256, ge=1)
+    unidentified_per_source: int = Field(default=512, ge=1)
     idle: Annotated[_Duration, AfterValidator(_positive)] = _spelt("300s")
 
 

@@ -143,6 +143,27 @@ TEETH: tuple[Tooth, ...] = (
         "if False:",
         "test_leaks.py -k not_written_down",
     ),
+    Tooth(
+        "strangers",
+        "strangers.py",
+        "            longest()\n",
+        "            pass\n",
+        "test_exhaustion.py -k say_nothing",
+    ),
+    Tooth(
+        "changed-hands",
+        "addon.py",
+        "        self._belongs(peer, tunnel.agent_id)\n",
+        "",
+        "test_exhaustion.py -k change_hands",
+    ),
+    Tooth(
+        "minting",
+        "addon.py",
+        "            if self._mints_too_many(identified.agent.id, host):\n",
+        "            if False:\n",
+        "test_exhaustion.py -k storm",
+    ),
     # Operations
     Tooth(
         "full-disk",

@@ -17,7 +17,7 @@ LAYERS = {
     0: "problem reason secret",
     1: (
         "address agent agenttoken auditchain clienthello coding exchange forms frames framing http1 pattern proof "
-        "request series url"
+        "request series strangers url"
     ),
     2: "claims grant keyformats leak policy redact sigv4",
     3: (
