@@ -48,7 +48,7 @@ def test_what_a_client_asks_for_is_found_in_any_order(
         extensions.append((16, len(offered).to_bytes(2) + offered))
     random.shuffle(extensions)
     data = made(*extensions)
-    assert parse_client_hello(data) == ClientHello(name, tuple(protocols or ()))
+    assert parse_client_hello(data) == ClientHello(name, tuple(protocols or ()), encrypted=0xFE0D in others)
     agree(data)
 
 
