@@ -54,6 +54,7 @@ _DEFAULTS: list[tuple[str, Any]] = [
     ("limits.buffer", 1024 * 1024),
     ("limits.headers", 64 * 1024),
     ("limits.connections_per_agent", 256),
+    ("limits.unidentified_per_source", 512),
     ("limits.idle", 300.0),
 ]
 
@@ -99,7 +100,7 @@ upstream:
 lane: mitmproxy
 vault: {lease: 500ms}
 audit: {file: "log/{state}.jsonl", stdout: true}
-limits: {buffer: 10MB, headers: 4096, connections_per_agent: 1, idle: 2d}
+limits: {buffer: 10MB, headers: 4096, connections_per_agent: 1, unidentified_per_source: 2, idle: 2d}
 """
 
 
@@ -136,6 +137,7 @@ def test_every_setting_is_read_from_the_file(tmp_path: Path) -> None:
         "buffer": 10_000_000,
         "headers": 4096,
         "connections_per_agent": 1,
+        "unidentified_per_source": 2,
         "idle": 172_800.0,
     }
 
