@@ -372,8 +372,10 @@ class Addon:
         dial = peer.dials.get(place)
         if dial is None:
             dial = peer.dials[place] = Dial(target.host, approved.private)
-        dial.private = approved.private
+        dial.private, dial.owner = approved.private, approved.owner
         flows.write_request(flow, target, scanned=state.redactor is not None)
+        if approved.owner and state.block is None and not flow.request.is_http2:
+            state.close = True  # mitmproxy's stack has one for all that the client's connection carries
         if outbound.body:
             state.body_credentials = tuple(opened for _, opened in outbound.body)
             state.placeholders = Replacer(body_placeholders(outbound))

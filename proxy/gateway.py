@@ -22,7 +22,8 @@ from proxy.vault import CredentialScope, CredentialUnavailable, Lease, Vault
 @dataclass(frozen=True, slots=True)
 class Approved:
     """What may happen: `answer` is given here, or `outbound` is sent. `rules` are those whose obligations hold;
-    `private`: one of them narrows the upstream to private addresses; `scan`: one looks for keys by their form."""
+    `private`: one of them narrows the upstream to private addresses; `scan`: one looks for keys by their form.
+    `owner`: whose connection to the upstream it must be; nobody's is shared."""
 
     outbound: Outbound
     rules: tuple[Rule, ...]
@@ -31,6 +32,7 @@ class Approved:
     response_edits: tuple[Edit, ...] = ()
     body_limit: tuple[int, Rule] | None = None  # bytes of the request's body at most, and who says so
     scan: bool = False
+    owner: str = ""
 
 
 class Unready(Exception):
@@ -82,7 +84,7 @@ class Gateway:
         finally:
             exchange.decision_duration = time.perf_counter() - started
         sent, answer, private, scan = plan.view, plan.answer, False, False
-        outbound, edits, body_limit = Outbound(sent), list[Edit](), None
+        outbound, edits, body_limit, owner = Outbound(sent), list[Edit](), None, ""
         for rule in plan.rules:
             if rule.limits is not None:
                 self._count(agent, rule, exchange)
@@ -92,10 +94,12 @@ class Gateway:
             if rule.response_headers:
                 edits.append(rule.response_headers)
             private, scan = private or rule.private, scan or rule.scan
+            if rule.per_agent:
+                owner = agent.id
         exchange.rewritten = sent is not view
         exchange.injected = outbound.injected
         exchange.allowed, exchange.reason = True, Reason.ALLOWED
-        return Approved(outbound, plan.rules, answer, private, tuple(edits), body_limit, scan)
+        return Approved(outbound, plan.rules, answer, private, tuple(edits), body_limit, scan, owner)
 
     async def prepare(self, missing: Unready, exchange: Exchange, leases: dict[str, Lease]) -> None:
         """Ask the store for what was missing; an opened credential is put into `leases`.

@@ -562,7 +562,7 @@ class Connection:
             pump = lambda upstream: Strand(self._pump_body(flow, body, chunked, upstream, sent), self._pumped)  # noqa: E731
         message = request_bytes(request.method, request.path, request.headers.fields) + first
         dial = self.addon.dial_of(flow)
-        place = Place(dial.host, request.port, request.scheme == b"https", dial.private)
+        place = Place(dial.host, request.port, request.scheme == b"https", dial.private, dial.owner)
         self.channel.on_event = lambda hung_up: self.abort() if hung_up else None
         if self.channel.hung_up and not pump:
             self.abort()

@@ -37,6 +37,7 @@ class Dial:
 
     host: Host
     private: bool
+    owner: str = ""  # the agent whose connection it must be; nobody's is shared
     failure: Reason | None = None
 
 

@@ -158,6 +158,7 @@ class Rule:
     limits: Limits | None = None
     passthrough: bool = False  # its connections are not read: it matches no request
     scan: bool = False  # for keys of well-known forms
+    per_agent: bool = False  # its connections to the upstream
 
     def may_allow(self, agent: Agent) -> bool:
         """Whether some request of `agent` could be allowed by this rule."""

@@ -116,6 +116,7 @@ class _Reader:
             Limits(**fields.limits.model_dump()) if fields.limits.model_fields_set else None,
             fields.tls == "passthrough",
             bool(fields.scan),
+            fields.connections == "per-agent",
         )
         return rule if len(self.problems) == before else None
 
@@ -132,7 +133,7 @@ class _Reader:
     def _check_combination(self, fields: RuleFields, path: tuple[Step, ...]) -> None:
         written = fields.model_fields_set
         if fields.action == "block":
-            for name in ("rewrite", "inject", "response", "respond", "private", "limits", "scan", "tls"):
+            for name in ("rewrite", "inject", "response", "respond", "private", "connections", "limits", "scan", "tls"):
                 if name in written:
                     self.report((*path, name), f'a block rule has no "{name}"', "remove it", key=True)
         elif fields.tls == "passthrough":

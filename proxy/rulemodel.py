@@ -243,6 +243,8 @@ class RuleFields(_Model):
     """`passthrough`: connections to the hosts are not read, for clients that accept no CA but their own."""
     private: bool = False
     """The upstream's address must be a private one that the settings allow."""
+    connections: Literal["shared", "per-agent"] = "shared"
+    """`per-agent`: no connection to the upstream that carried a request of one agent carries one of another."""
     limits: LimitFields = LimitFields()
     scan: Annotated[tuple[Literal["secrets"], ...], _SOME, _MANY] = ()
     """`secrets`: a request that holds a key of a well-known form is refused."""

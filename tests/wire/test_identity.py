@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
+from contextlib import closing
 
 import pytest
 
@@ -15,6 +16,8 @@ version: 1
 rules:
   - {name: tls, match: {host: api.test}, action: allow}
   - {name: plain, agents: ["coder-*", "sandbox-*"], match: {host: api.test, scheme: http}, action: allow}
+  - {name: apart, match: {host: b.api.test}, action: allow, connections: per-agent}
+  - {name: plain-apart, match: {host: b.api.test, scheme: http}, action: allow, connections: per-agent}
   - {name: only-two, agents: [coder-2], match: {host: other.test, scheme: http}, action: allow}
 """
 IDENTITY_HEADERS = ("proxy-authorization", "proxy-connection", "x-forwarded-for", "forwarded", "sallyport-agent")
@@ -174,37 +177,39 @@ def test_identity_does_not_leave_on_plain_http(proxy: Proxy, plain_upstream: Ups
     assert proxy.tokens["coder-1"] not in str(plain_upstream.seen)
 
 
-def test_a_killed_agent_is_refused_and_a_revived_one_is_not(proxy: Proxy, upstream: Upstream) -> None:
-    """Within a second, in tunnels that stand already too."""
-    tunnel = proxy.tunnel("api.test")
-
-    def answer() -> Response:
+def is_cut(tunnel: Connection) -> bool:
+    """Whether requests in it get no answer any more."""
+    try:
         tunnel.send(b"GET /x HTTP/1.1\r\nhost: api.test\r\n\r\n")
-        return tunnel.response()
+        return tunnel.response().status != 200
+    except OSError:
+        return True
 
-    assert answer().status == 200
+
+def test_a_killed_agent_is_refused_and_a_revived_one_is_not(proxy: Proxy, upstream: Upstream) -> None:
+    """Its tunnels are cut, and the refusal does not tell why it was stopped."""
+    tunnel = proxy.tunnel("api.test")
+    assert not is_cut(tunnel)
     proxy.cli("agent", "kill", "coder-1", "--reason", "test of the switch")
-    killed = wait_for(lambda: response if (response := answer()).status != 200 else None)
-    assert "test of the switch" not in killed.body.decode()
-    refused(killed, "agent_killed")
+    wait_for(lambda: is_cut(tunnel))
     seen = len(upstream.seen)
-    refused(ask(proxy.connect(), f"Bearer {proxy.tokens['coder-1']}"), "agent_killed")
+    killed = ask(proxy.connect(), f"Bearer {proxy.tokens['coder-1']}")
+    refused(killed, "agent_killed")
+    assert "test of the switch" not in killed.body.decode()
     assert ask(proxy.connect(), f"Bearer {proxy.tokens['coder-2']}").status == 200
-    refused(answer(), "agent_killed")
     assert len(upstream.seen) == seen
     proxy.cli("agent", "revive", "coder-1")
-    assert wait_for(lambda: answer().status == 200)
+    wait_for(lambda: proxy.get("https://api.test/x").status == 200)
 
 
 def test_a_token_that_was_replaced_ends_at_once(proxy: Proxy, plain_upstream: Upstream) -> None:
-    """The old one is worth nothing; the tunnel of the same agent stays."""
+    """The old one is worth nothing, and what it opened is cut."""
     proxy.agent("coder-3")
     tunnel, old = proxy.tunnel("api.test", agent="coder-3"), proxy.tokens["coder-3"]
     new = proxy.cli("agent", "token", "coder-3").stdout.split()[-1]
     wait_for(lambda: ask(proxy.connect(), f"Bearer {new}").status == 200)
     refused(ask(proxy.connect(), f"Bearer {old}"), "bad_identity")
-    tunnel.send(b"GET /x HTTP/1.1\r\nhost: api.test\r\n\r\n")
-    assert tunnel.response().status == 200
+    wait_for(lambda: is_cut(tunnel))
 
 
 def test_an_agent_that_was_removed_is_out_of_its_tunnel_too(proxy: Proxy, upstream: Upstream) -> None:
@@ -212,11 +217,8 @@ def test_an_agent_that_was_removed_is_out_of_its_tunnel_too(proxy: Proxy, upstre
     proxy.agent("coder-4")
     tunnel = proxy.tunnel("api.test", agent="coder-4")
     proxy.cli("agent", "remove", "coder-4")
-    wait_for(lambda: not proxy.knows("coder-4"))
-    tunnel.send(b"GET /x HTTP/1.1\r\nhost: api.test\r\n\r\n")
-    assert refused(tunnel.response(), "bad_identity")["agent"] is None
+    wait_for(lambda: is_cut(tunnel))
     refused(ask(proxy.connect(), f"Bearer {proxy.tokens['coder-4']}"), "bad_identity")
-    assert upstream.seen == []
 
 
 def test_an_agent_expires(proxy: Proxy, upstream: Upstream) -> None:
@@ -230,3 +232,29 @@ def test_an_agent_expires(proxy: Proxy, upstream: Upstream) -> None:
 
     refused(wait_for(lambda: response if (response := answer()).status != 200 else None), "bad_identity")
     assert not proxy.knows("coder-5")
+
+
+def test_agents_share_connections_to_an_upstream(lane: str, proxy: Proxy, upstream: Upstream) -> None:
+    """In the fast lane; mitmproxy's stack has them for one client connection only."""
+    for agent in ("coder-1", "coder-2", "coder-1"):
+        assert proxy.get("https://api.test/", agent).status == 200
+    assert upstream.connections == (1 if lane == "fast" else 3)
+
+
+def test_a_rule_can_keep_agents_apart(lane: str, proxy: Proxy, upstream: Upstream) -> None:
+    """One agent's next request may share with its own, not with another's."""
+    for agent in ("coder-1", "coder-2", "coder-1", "coder-2"):
+        assert proxy.get("https://b.api.test/", agent).status == 200
+    assert upstream.connections == (2 if lane == "fast" else 4)
+
+
+def test_agents_on_one_connection_are_kept_apart_too(lane: str, proxy: Proxy, plain_upstream: Upstream) -> None:
+    """As runtimes that pool their agents' requests send them."""
+    with closing(proxy.connect()) as connection:
+        first = ask(connection, f"Bearer {proxy.tokens['coder-1']}", host="b.api.test")
+        assert first.status == 200
+        if lane == "fast":
+            assert ask(connection, f"Bearer {proxy.tokens['coder-2']}", host="b.api.test").status == 200
+            assert plain_upstream.connections == 2
+        else:
+            assert first.header("connection") == "close"
