@@ -17,12 +17,14 @@ from mitmproxy import connection, http
 from mitmproxy.net import tls as net_tls
 from mitmproxy.proxy import layer, server_hooks
 from mitmproxy.proxy.layers import http as http_layers
+from mitmproxy.proxy.layers.modes import HttpProxy
 from mitmproxy.proxy.layers.tls import ClientTLSLayer
 from mitmproxy.tls import ClientHelloData, TlsData
 
 from proxy import flow as flows
 from proxy.address import Host, parse_authority
 from proxy.agent import AgentState
+from proxy.arrival import Arrival
 from proxy.ca import Leaf
 from proxy.clienthello import ClientHello, parse_client_hello
 from proxy.coding import Undecodable
@@ -50,6 +52,7 @@ from proxy.signing import sign_request
 from proxy.strangers import Strangers
 from proxy.strict1 import LATE_HEAD, StrictServer
 from proxy.strict2 import StrictServer2
+from proxy.transparent import connect_flow, name_target, tunnel_to
 from proxy.upstream import PINNED, Refused, Upstream
 from proxy.vault import Lease
 
@@ -108,6 +111,7 @@ class Addon:
         self.upstream: Upstream = runtime.upstream
         self.peers: dict[str, Peer] = {}
         self.listeners: dict[int, Listener] = {}
+        self.arriving: dict[str, Arrival] = {}  # by client, until it is connected
         self.by_agent: dict[str, set[str]] = defaultdict(set)
         self.elsewhere: Mapping[str, int] = {}  # how many connections an agent has in other workers
         self.draining = False  # connections end with the answer that comes next
@@ -129,9 +133,13 @@ class Addon:
     def client_connected(self, client: connection.Client) -> None:
         """Remember the connection and which listener it came by."""
         port = client.sockname[1]
-        listener = self.listeners.get(port) or Listener(f"port {port}", "", port)
+        arrival = self.arriving.pop(client.id, None)
+        listener = arrival.listener if arrival else self.listeners.get(port) or Listener(f"port {port}", "", port)
         source = client.peername[0] if client.peername else ""
-        self.peers[client.id] = Peer(client, listener, self.identity.of_connection(source, listener.agent))
+        shown = self.identity.of_connection(source, listener.agent)
+        self.peers[client.id] = peer = Peer(client, listener, shown)
+        if arrival:
+            peer.shown, peer.redirected = (*arrival.shown, *shown), arrival.redirected
         self.runtime.metrics.connection(listener.address, 1)
         self.strangers.add(source, client.id, lambda: self.abort(client))
 
@@ -166,15 +174,17 @@ class Addon:
         """HTTP on the listener, TLS and nothing else after CONNECT, HTTP inside the TLS."""
         context = data.context
         above = context.layers[-1] if context.layers else None
-        if isinstance(above, http_layers.HttpStream):
-            start: bytes = data.data_client()  # type: ignore[no-untyped-call]
-            if net_tls.starts_like_tls_record(start):
-                data.layer = self._passage(context, start) if self.may_pass(context.client) else ClientTls(context)
-            elif len(start) < 3 and b"\x16\x03".startswith(start[:2]):
-                data.layer = None  # more must come before it can be told
-            else:
-                self.refuse_tunnel(context.client)
-                data.layer = Refuse(context)
+        redirected = isinstance(above, HttpProxy)  # it may begin with either
+        start: bytes = data.data_client()  # type: ignore[no-untyped-call]
+        tunnel = isinstance(above, http_layers.HttpStream)
+        if (tunnel or redirected) and net_tls.starts_like_tls_record(start):
+            passing = redirected or self.may_pass(context.client)
+            data.layer = self._passage(context, start) if passing else ClientTls(context)
+        elif (tunnel or redirected) and len(start) < 3 and b"\x16\x03".startswith(start[:2]):
+            data.layer = None  # more must come before it can be told
+        elif tunnel:
+            self.refuse_tunnel(context.client)
+            data.layer = Refuse(context)
         else:
             inside = isinstance(above, ClientTLSLayer)
             mode = http_layers.HTTPMode.transparent if inside else http_layers.HTTPMode.regular
@@ -188,6 +198,10 @@ class Addon:
                 return None
         except ValueError:
             hello = None
+        if hello and not self.tunnel_of(context.client) and not self.open_redirected(context.client, hello.server_name):
+            return Refuse(context)
+        if not self.may_pass(context.client):
+            return ClientTls(context)
         try:
             passage = self.pass_through(context.client, hello)
         except Refused:
@@ -208,9 +222,14 @@ class Addon:
 
     @guarded(_cut_tls)
     def tls_clienthello(self, data: ClientHelloData) -> None:
-        """Whatever the server name, the CONNECT target is what is dialled."""
-        tunnel = self.tunnel_of(data.context.client)
+        """Whatever the server name, the CONNECT target is what is dialled; where none was sent, it is the target."""
+        client = data.context.client
+        if not self.tunnel_of(client) and not self.open_redirected(client, data.client_hello.sni):
+            self.abort(client)
+            return
+        tunnel = self.tunnel_of(client)
         assert tunnel
+        data.context.server.address = tunnel.host.name, tunnel.port
         data.context.server.tls = True
         data.context.server.sni = tunnel.host.name
 
@@ -281,6 +300,8 @@ class Addon:
         exchange = self._begin(flow, peer)
         exchange.method = "CONNECT"
         try:
+            if peer.redirected:
+                raise Refused(Reason.PROTOCOL_NOT_ALLOWED, "This listener takes redirected connections only.")
             target = flow.request.data.authority.decode("latin-1") or f"{flow.request.host}:{flow.request.port}"
             host, port = _connect_target(state_of(flow).authority or target, flow)
             exchange.scheme, exchange.host, exchange.port = "https", host.name, port
@@ -747,6 +768,30 @@ class Addon:
         self.runtime.record(exchange)
         return exchange.agent_id
 
+    def open_redirected(self, client: connection.Client, server_name: str | None) -> bool:
+        """Take the server name of a transparent client for a CONNECT; where there is none it is refused."""
+        peer = self.peers[client.id]
+        if not peer.redirected:
+            raise RuntimeError("TLS without a CONNECT")
+        registry = self.runtime.registry
+        found = self.identity.identify((), peer.shown, self.runtime.clock()) if registry.loaded else Identified()
+        exchange = self._exchange(peer)
+        exchange.agent, exchange.identity, exchange.method = found.agent, found.proofs, "CONNECT"
+        exchange.scheme, exchange.port = "https", peer.redirected
+        try:
+            peer.tunnel = tunnel_to(peer, server_name, found)
+            exchange.host, policy = peer.tunnel.host.name, self.gateway.policy()
+            if self.runtime.agent_authorities and found.agent:
+                _vouch(policy, found, peer.tunnel.host)
+            if policy and policy.passthrough and found.agent:
+                self._admit(peer, found)
+                peer.connect = connect_flow(client, exchange)
+        except Refused as refused:
+            exchange.reason, exchange.status = refused.reason, refused.reason.status
+            self.runtime.record(exchange)
+            return False
+        return True
+
     def _exchange(self, peer: Peer) -> Exchange:
         now = self.runtime.clock()
         return Exchange(ulid(now), now, peer.listener.address, peer.address)
@@ -771,14 +816,14 @@ class Addon:
         registry, now = self.runtime.registry, self.runtime.clock()
         if not registry.loaded:
             raise Refused(Reason.STORE_UNAVAILABLE)
-        if peer.tunnel:
+        if peer.tunnel and peer.tunnel.agent_id:
             agent = registry.by_id(peer.tunnel.agent_id)
             if agent is None or agent.expired(now):
                 return Identified(reason=Reason.BAD_IDENTITY)
             told = peer.tunnel.told
             return Identified(told.about(agent) if told else agent, peer.tunnel.proofs, Reason.ALLOWED)
         proofs = flows.proxy_authorization(flow)
-        identified = self.identity.identify(proofs, peer.shown, now)
+        identified = self.identity.identify([] if peer.tunnel else proofs, peer.shown, now)  # in a tunnel not for us
         source = peer.client.peername[0] if peer.client.peername else ""
         if identified.agent is None and proofs and self._guesses.too_many(source, time.monotonic()):
             self.runtime.metrics.limit_exceeded("", "", "identity")
@@ -800,6 +845,8 @@ class Addon:
     @staticmethod
     def _view(flow: http.HTTPFlow, peer: Peer) -> RequestView:
         try:
+            if peer.redirected and not peer.tunnel:
+                name_target(flow, peer.redirected)
             return flows.view_of(flow, peer.tunnel)
         except Ambiguous as error:
             raise Refused(Reason.AMBIGUOUS_REQUEST, str(error)) from None

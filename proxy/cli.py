@@ -113,7 +113,10 @@ def _run(arguments: Arguments) -> int:
 def _print_ready(settings: Settings, status: Status, running: Running) -> None:
     broken = f"none: {settings.rules} is broken (see above)"
     rules = f"{status.rules} from {settings.rules}" if status.policy else broken
-    listeners = ", ".join(f"http://{address}" for address in running.listen)
+    listeners = ", ".join(
+        address if address.startswith(("unix:", "tls:", "transparent@")) else f"http://{address}"
+        for address in running.listen
+    )
     workers = f"\n  workers  {settings.workers}" if settings.workers > 1 else ""
     print(
         f"""Sallyport {__version__}

@@ -21,7 +21,7 @@ class ClientHello:
 def is_tls(start: bytes) -> bool:
     """Whether bytes may begin a TLS handshake record."""
     size = int.from_bytes(start[3:5]) if len(start) >= 5 else 0
-    return b"\x16\x03".startswith(start[:2]) and (len(start) < 3 or start[2] <= 4) and size <= MAX_HELLO - 5
+    return b"\x16\x03".startswith(start[:2]) and (len(start) < 3 or start[2] <= 3) and size <= MAX_HELLO - 5
 
 
 def parse_client_hello(data: bytes) -> ClientHello | None:
@@ -63,8 +63,10 @@ def _only_vector(data: bytes, at: int, width: int) -> bytes:
 
 def _after_fixed_part(body: bytes) -> bytes:
     at = 2 + 32  # version, random
-    for width in (1, 2, 1):  # session id, cipher suites, compression methods
-        _, at = _vector(body, at, width)
+    for width, unit in ((1, 1), (2, 2), (1, 1)):  # session id, cipher suites of two bytes each, compression methods
+        content, at = _vector(body, at, width)
+        if len(content) % unit:
+            raise ValueError("a length of the ClientHello is wrong")
     return _only_vector(body, at, 2) if at < len(body) else b""
 
 

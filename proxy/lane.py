@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import re
 import socket
 import ssl
@@ -22,6 +21,7 @@ from mitmproxy.flow import Error
 from mitmproxy.proxy import mode_specs
 
 from proxy.addon import Addon
+from proxy.arrival import Arrival, Door
 from proxy.ca import MAX_LEAVES, Leaf
 from proxy.clienthello import MAX_HELLO, ClientHello, is_tls, parse_client_hello
 from proxy.flow import STATE, FlowState, Tunnel, fast_headers, state_of
@@ -50,6 +50,7 @@ from proxy.reason import Reason
 from proxy.relay import Relay
 from proxy.runtime import Runtime
 from proxy.tls import CIPHERS
+from proxy.tlsdoor import load_leaf
 from proxy.upstream import Refused
 
 _log = logging.getLogger("sallyport")
@@ -60,6 +61,7 @@ ACCEPT_TURN = 0.0003  # seconds after each connection that leave the next one to
 DRAIN_STEP = 0.02  # seconds between two looks at what is left
 _IDEMPOTENT = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"})  # RFC 9110 section 9.2.2
 _TAKEN = re.compile(rb"(?:CONNECT [^ \r\n]+|[A-Z]+ https?://[^ \r\n]+) HTTP/1\.1\r\n")
+_ORIGIN = re.compile(rb"[A-Z]+ /[^ \r\n]* HTTP/1\.1\r\n")  # to a transparent listener
 _UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
 _ABSOLUTE = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)(.*)", re.DOTALL)
 _REGULAR = mode_specs.ProxyMode.parse("regular")
@@ -71,8 +73,16 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 class Stack(Protocol):
     """mitmproxy's own connection stack, which takes what the lane leaves."""
 
-    def adopt(self, sock: socket.socket, client: Client | None, tunnel: Tunnel | None, *, decrypted: bool) -> None:
-        """Drive a connection from here on; `client` is who it is for where the socket does not tell."""
+    def adopt(
+        self,
+        sock: socket.socket,
+        client: Client | None,
+        tunnel: Tunnel | None,
+        arrival: Arrival | None,
+        *,
+        decrypted: bool,
+    ) -> None:
+        """Drive a connection from here on; `client` and `arrival` say whose it is where the socket does not tell."""
 
 
 class Failed(Exception):
@@ -106,11 +116,7 @@ def _context(leaf: Leaf) -> ssl.SSLContext:
     context.set_ciphers(CIPHERS)
     context.set_alpn_protocols(["http/1.1"])
     context.num_tickets = 1
-    memory = os.memfd_create("leaf", os.MFD_CLOEXEC)  # ssl loads a chain only from a file
-    with open(memory, "wb") as file:
-        file.write(leaf.pem)
-        file.flush()
-        context.load_cert_chain(f"/proc/self/fd/{memory}")
+    load_leaf(context, leaf)
     return context
 
 
@@ -131,11 +137,14 @@ class Lane:
         self.strangers: set[Connection] = set()  # who has not said yet what it wants
         self._listening: list[socket.socket] = []
         self._shared = runtime.settings.workers > 1
+        self._doors: dict[int, Door] = {}  # by descriptor
 
-    def listen(self, sock: socket.socket) -> None:
-        """Accept from a listening socket."""
+    def listen(self, sock: socket.socket, door: Door | None = None) -> None:
+        """Accept from a listening socket; `door` says who came in."""
         sock.setblocking(False)
         self._listening.append(sock)
+        if door:
+            self._doors[sock.fileno()] = door
         asyncio.get_running_loop().add_reader(sock.fileno(), self._accept, sock)
 
     def _accept(self, listening: socket.socket) -> None:
@@ -147,6 +156,9 @@ class Lane:
             except OSError:  # out of descriptors: the backlog waits until some are free
                 self._pause(listening, ACCEPT_PAUSE)
                 return
+            if self._doors and (door := self._doors.get(listening.fileno())):
+                self._accept_by(door, sock)
+                continue
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             Connection(self, sock).start()
 
@@ -158,6 +170,28 @@ class Lane:
         loop.remove_reader(listening.fileno())
         loop.call_later(seconds, self._resume, listening)
 
+    def _accept_by(self, door: Door, sock: socket.socket) -> None:
+        try:
+            arrival = door(sock)
+        except OSError:  # gone already
+            arrival = None
+        if arrival is None:
+            sock.close()
+        else:
+            self.enter(sock, arrival)
+
+    def enter(self, sock: socket.socket, arrival: Arrival) -> None:
+        """Serve a connection that came in by another way than a listening socket of the lane's."""
+        Connection(self, sock, arrival).start()
+
+    def forget(self, sock: socket.socket) -> None:
+        """Accept on a listening socket no more, and close it."""
+        if sock in self._listening:
+            self._listening.remove(sock)
+            self._doors.pop(sock.fileno(), None)
+            asyncio.get_running_loop().remove_reader(sock.fileno())
+        sock.close()
+
     def _resume(self, listening: socket.socket) -> None:
         if listening.fileno() >= 0:
             asyncio.get_running_loop().add_reader(listening.fileno(), self._accept, listening)
@@ -168,6 +202,7 @@ class Lane:
             asyncio.get_running_loop().remove_reader(sock.fileno())
             sock.close()
         self._listening.clear()
+        self._doors.clear()
 
     @property
     def alive(self) -> bool:
@@ -199,14 +234,16 @@ class Lane:
 class Connection:
     """One client connection in the lane."""
 
-    def __init__(self, lane: Lane, sock: socket.socket) -> None:
+    def __init__(self, lane: Lane, sock: socket.socket, arrival: Arrival | None = None) -> None:
         self.lane = lane
+        self.arrival = arrival
         self.addon = lane.addon
         self.idle = lane.limits.idle
         self.channel = Channel(lane.poller, sock)
         self.buffer = bytearray()
         self.client: Client | None = None
         self.inside = False  # a tunnel
+        self.redirected_tls = False  # TLS without a CONNECT before it
         self.busy = False  # with an exchange
         self.upstream: UpstreamConnection | None = None
 
@@ -234,7 +271,8 @@ class Connection:
     # What is taken, and what is handed over
 
     async def _serve(self) -> None:
-        listener = self.addon.listeners[self.channel.sock.getsockname()[1]].address
+        arrival = self.arrival
+        listener = (arrival.listener if arrival else self.addon.listeners[self.channel.sock.getsockname()[1]]).address
         self.lane.strangers.add(self)
         source = _source(self.channel)
         self.addon.strangers.add(source, self, self.abort)
@@ -247,9 +285,11 @@ class Connection:
             self.lane.runtime.metrics.connection(listener, -1)
         if not taken:
             if not self.channel.closed:
-                self.lane.stack.adopt(self.channel.detach(), None, None, decrypted=False)
+                self.lane.stack.adopt(self.channel.detach(), None, None, arrival, decrypted=False)
             return
         self._register()
+        if self.redirected_tls and not await self._begin():
+            return
         while True:
             head = await self._head()
             if head is None:
@@ -277,16 +317,22 @@ class Connection:
                 self.channel.close()
                 return False
             end = data.find(b"\r\n\r\n")
+            if self.arrival and self.arrival.redirected and is_tls(data):
+                self.redirected_tls = True
+                return True
             if end >= 0:
-                return bool(_TAKEN.match(data)) and not _UPGRADE.search(data, 0, end)
+                taken = _ORIGIN if self.arrival and self.arrival.redirected else _TAKEN
+                return bool(taken.match(data)) and not _UPGRADE.search(data, 0, end)
             if not data[:1].isupper() or len(data) >= self.lane.limits.headers:
                 return False
 
     def _register(self) -> None:
-        sock = self.channel.sock
-        peer, own = sock.getpeername(), sock.getsockname()
+        sock, arrival = self.channel.sock, self.arrival
+        peer, own = (arrival.peername, arrival.sockname) if arrival else (sock.getpeername(), sock.getsockname())
         self.client = Client(peername=peer[:2], sockname=own[:2], state=ConnectionState.OPEN, proxy_mode=_REGULAR)
         self.lane.connections[self.client.id] = self
+        if arrival:
+            self.addon.arriving[self.client.id] = arrival
         self.addon.client_connected(self.client)
         if self.client.error:
             raise ConnectionAbortedError
@@ -300,7 +346,7 @@ class Connection:
         self.addon.client_disconnected(client)
         self.client = None
         other = Channel(self.lane.poller, ours)
-        self.lane.stack.adopt(theirs, client, tunnel, decrypted=True)
+        self.lane.stack.adopt(theirs, client, tunnel, self.arrival, decrypted=True)
         back = Strand(_pump(other, self.channel, self.idle), lambda _: _close(other, self.channel))
         try:
             await other.send(head.raw + bytes(self.buffer), self.idle)
@@ -323,6 +369,11 @@ class Connection:
         await self.channel.send(ESTABLISHED, self.idle)
         if not await self.channel.peek(1, self.idle):
             return False
+        return await self._begin()
+
+    async def _begin(self) -> bool:
+        """TLS where a tunnel or a transparent client begins it; whether it goes on here."""
+        assert self.client
         deadline = self.lane.poller.now() + min(TLS_TIMEOUT, self.idle)
         with self._handshaking():
             data = await self._client_hello(deadline)
@@ -334,6 +385,8 @@ class Connection:
         except ValueError:
             return await self._pass(None) and self._hand_over_tunnel()
         assert hello
+        if self.redirected_tls and not self.addon.open_redirected(self.client, hello.server_name):
+            return False
         if self.addon.may_pass(self.client) and not await self._pass(hello):
             return False
         if hello.protocols and b"http/1.1" not in hello.protocols:
@@ -395,7 +448,7 @@ class Connection:
         self.lane.connections.pop(client.id, None)
         self.addon.client_disconnected(client)
         self.client = None
-        self.lane.stack.adopt(self.channel.detach(), None, tunnel, decrypted=False)
+        self.lane.stack.adopt(self.channel.detach(), None, tunnel, self.arrival, decrypted=False)
         return False
 
     # Requests

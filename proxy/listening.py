@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Sequence
 
 from proxy.problem import UserError
-from proxy.settingvalue import Listener
+from proxy.settingvalue import Listener, ListenerScheme
+from proxy.unixsocket import bind_unix, remove
 
 QUEUE = 1024  # connections that may wait to be accepted
 
 
 def bind(listener: Listener) -> list[socket.socket]:
-    """Listening sockets for every address of the listener's host.
+    """Listening sockets for every address of the listener's host, or at its path; none for one that has a socket for
+    each agent, which `doors` makes.
 
     Raises UserError for an address that cannot be had.
     """
+    if listener.scheme == "unix":
+        return [] if listener.per_agent else [bind_unix(listener.path, listener.mode, listener.group, QUEUE)]
     try:
         found = socket.getaddrinfo(listener.host, listener.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         sockets = [socket.create_server(info[4][:2], family=info[0], backlog=QUEUE) for info in found]
@@ -26,10 +31,28 @@ def bind(listener: Listener) -> list[socket.socket]:
     return sockets
 
 
-def address_of(sock: socket.socket) -> str:
-    """Where it is bound, as `host:port`."""
+def address_of(sock: socket.socket, scheme: ListenerScheme = "regular") -> str:
+    """Where it is bound, as an operator writes it in `listen`."""
+    if scheme == "unix":
+        return f"unix:{sock.getsockname()}"
     host, port = sock.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    mark = {"transparent": "transparent@", "tls": "tls://"}.get(scheme, "")
+    return f"{mark}[{host}]:{port}" if ":" in host else f"{mark}{host}:{port}"
+
+
+def addresses(listeners: Sequence[Listener], listening: Sequence[Sequence[socket.socket]]) -> tuple[str, ...]:
+    """Where the sockets of each listener are bound; last those that have one for each agent, as they are written."""
+    pairs = zip(listeners, listening, strict=True)
+    bound = [address_of(sock, listener.scheme) for listener, sockets in pairs for sock in sockets]
+    return *bound, *(listener.address for listener in listeners if listener.per_agent)
+
+
+def close(listener: Listener, sockets: Sequence[socket.socket]) -> None:
+    """Listen no more, and take the name of a unix socket away."""
+    for sock in sockets:
+        sock.close()
+        if listener.scheme == "unix":
+            remove(listener.path)
 
 
 def _words(listener: Listener, error: OSError) -> str:

@@ -48,6 +48,7 @@ class Peer:
     client: connection.Client
     listener: Listener
     shown: tuple[Proof, ...] = ()  # by the connection itself, for every request on it
+    redirected: int = 0  # the port a transparent client dialled
     tunnel: Tunnel | None = None
     sni_mismatch: bool = False
     connect: http.HTTPFlow | None = None  # kept where some rule passes tunnels through

@@ -140,6 +140,10 @@ class Registry:
         why = self._stops.reason(agent_id)
         return agent if why is None else replace(agent, state=AgentState.KILLED, kill_reason=why)
 
+    def ids(self) -> list[str]:
+        """Every agent there is."""
+        return list(self._table.entries)
+
     def living(self) -> list[str]:
         """Every agent that is not killed."""
         return [name for name in self._table.entries if (a := self.by_id(name)) and a.state is AgentState.ACTIVE]

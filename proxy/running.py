@@ -55,8 +55,9 @@ class Running:
 
     @property
     def reachable(self) -> str:
-        """The first listener as a client on this host reaches it."""
-        return _reachable(self.listen[0])
+        """The first listener that takes plain connections, else the first, as a client on this host reaches it."""
+        plain = [address for address in self.listen if not address.startswith(("unix:", "tls://", "transparent@"))]
+        return _reachable((plain or self.listen)[0].removeprefix("tls://"))
 
     @property
     def reachable_admin(self) -> str:

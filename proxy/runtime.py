@@ -193,7 +193,7 @@ class Runtime:
         return self._authority_of(agent_id).has(host)
 
     def _authority_of(self, agent_id: str) -> Authority:
-        if not self.agent_authorities:
+        if not self.agent_authorities or not agent_id:  # none: a client that will only be refused
             return self.authority
         agent = self.registry.by_id(agent_id)
         if agent is None:

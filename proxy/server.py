@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from mitmproxy import options
@@ -21,21 +22,28 @@ from mitmproxy.connection import Client, Connection, ConnectionState
 from mitmproxy.connection import Server as UpstreamServer
 from mitmproxy.proxy import commands, events, mode_specs
 from mitmproxy.proxy import server as mitm_server
+from mitmproxy.proxy.layer import NextLayer
 from mitmproxy.proxy.layers.http import HTTPMode
 from mitmproxy.proxy.layers.modes import HttpProxy
 
 from proxy.addon import Addon
 from proxy.admin import Status
+from proxy.arrival import Arrival, Door
 from proxy.cut import cut_ended
+from proxy.doors import Doors, relay
 from proxy.flow import Tunnel, state_of
 from proxy.guard import where
 from proxy.lane import Lane
 from proxy.layers import ClientTls
 from proxy.listening import QUEUE, address_of, bind
+from proxy.mtls import ClientCertificates
 from proxy.reason import Reason
+from proxy.registry import TABLE as AGENTS
 from proxy.running import Running
 from proxy.runtime import Runtime
 from proxy.settings import Settings
+from proxy.settingvalue import Listener
+from proxy.tlsdoor import TlsDoor
 from proxy.upstream import pin_connections
 
 CONNECT_TIMEOUT = 10.0  # seconds
@@ -76,6 +84,7 @@ class Start:
     client: Client | None = None
     tunnel: Tunnel | None = None
     decrypted: bool = False
+    arrival: Arrival | None = None
 
 
 class Handler(mitm_server.LiveConnectionHandler):
@@ -99,12 +108,18 @@ class Handler(mitm_server.LiveConnectionHandler):
         context = self.layer.context
         if start.client:
             self.client.peername, self.client.sockname = start.client.peername, start.client.sockname
+        if start.arrival:
+            self.client.peername, self.client.sockname = start.arrival.peername, start.arrival.sockname
+            self.addon.arriving[self.client.id] = start.arrival
         if start.tunnel:
             context.server.address = (start.tunnel.host.name, start.tunnel.port)
             context.server.tls, context.server.sni = True, start.tunnel.host.name
         if start.tunnel and not start.decrypted:
             HttpProxy(context)  # a layer of TLS looks at its parent
             self.layer = ClientTls(context)
+        elif start.arrival and start.arrival.redirected and not start.decrypted:
+            HttpProxy(context)
+            self.layer = NextLayer(context)
         else:
             mode = HTTPMode.transparent if start.tunnel else HTTPMode.regular
             self.layer = self.addon.http_layer(context, mode)
@@ -239,32 +254,96 @@ class Server:
         self._adopted: set[asyncio.Future[None]] = set()
         fast = runtime.settings.lane == "fast" and hasattr(select, "epoll")  # Linux; elsewhere mitmproxy's stack serves
         self.lane = Lane(runtime, self.addon, self) if fast else None
+        mtls = runtime.settings.identity.mtls
+        proof = ClientCertificates(mtls).proof if mtls else None
+        tls = TlsDoor(runtime.authority, mtls.ca if mtls else None, proof)
+        self.doors = Doors(self, runtime.settings.identity.uids, tls)
         runtime.registry.on_change = lambda revoked: cut_ended(self.addon, revoked)
 
-    async def start(self, listening: Sequence[Sequence[socket.socket]] = ()) -> None:
-        """Accept on every listener of the settings, bound here unless `listening` has the sockets of each.
+    async def start(self, listening: Sequence[Sequence[socket.socket]] = (), *, follow_agents: bool = True) -> None:
+        """Accept on every listener of the settings, bound here unless `listening` has the sockets of each. Of several
+        workers one has `follow_agents`: it makes the sockets that each agent has of its own.
 
         Raises UserError for an address that cannot be had.
         """
         pin_connections(asyncio.get_running_loop())
         listeners = self.runtime.settings.listen
         for listener, sockets in zip(listeners, listening or map(bind, listeners), strict=True):
+            if listener.per_agent and follow_agents:
+                await self._follow_agents(listener, take=bool(listening))
             for sock in sockets:
-                host, port = sock.getsockname()[:2]
-                address = address_of(sock)
-                self.addon.listeners[port] = replace(listener, address=address)
-                self.runtime.own.add((host, port))
-                self.addresses.append(address)
-                if self.lane:
-                    self.lane.listen(sock)
-                else:
-                    turns = 1 if self.runtime.settings.workers > 1 else QUEUE  # else one worker takes them all
-                    self._servers.append(await asyncio.start_server(self._serve, sock=sock, backlog=turns))
-                    sock.listen(QUEUE)  # which asyncio has set to what it may accept in a turn
+                await self._open(listener, sock, mine=not listening)
+        self.addresses += [listener.address for listener in listeners if listener.per_agent]
 
-    def adopt(self, sock: socket.socket, client: Client | None, tunnel: Tunnel | None, *, decrypted: bool) -> None:
+    async def _open(self, listener: Listener, sock: socket.socket, *, mine: bool) -> None:
+        address = address_of(sock, listener.scheme)
+        self.addresses.append(address)
+        bound = replace(listener, address=address)
+        if listener.scheme != "unix":
+            host, port = sock.getsockname()[:2]
+            self.runtime.own.add((host, port))
+            self.addon.listeners[port] = bound
+        if listener.scheme == "regular":
+            await self.accept(sock)
+        else:
+            await self.doors.open(bound, sock, mine=mine)
+
+    async def _follow_agents(self, listener: Listener, *, take: bool) -> None:
+        async def follow(_: object = None) -> None:
+            await self.doors.follow(listener, self.runtime.registry.ids(), take=take)
+
+        await follow()
+        self.runtime.follower.subscribe(AGENTS, follow)
+
+    async def accept(self, sock: socket.socket, door: Door | None = None) -> None:
+        """Serve what comes in on a listening socket; `door` says who it is."""
+        if self.lane:
+            self.lane.listen(sock, door)
+        else:
+            serve = partial(self._knock, door) if door else self._serve
+            turns = 1 if self.runtime.settings.workers > 1 else QUEUE  # else one worker takes them all
+            self._servers.append(await asyncio.start_server(serve, sock=sock, backlog=turns))
+            sock.listen(QUEUE)  # which asyncio has set to what it may accept in a turn
+
+    async def _knock(self, door: Door, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            arrival = door(writer.get_extra_info("socket"))
+        except OSError:  # gone already
+            arrival = None
+        if arrival is None:
+            writer.transport.abort()
+        else:
+            await self._serve(reader, writer, Start(arrival=arrival))
+
+    def forget(self, sock: socket.socket) -> None:
+        """Accept on a listening socket no more, and close it."""
+        if self.lane:
+            self.lane.forget(sock)
+            return
+        for server in [server for server in self._servers if sock.fileno() in (one.fileno() for one in server.sockets)]:
+            self._servers.remove(server)
+            server.close()
+
+    async def enter(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, arrival: Arrival) -> None:
+        """Serve a connection that a door has begun."""
+        if self.lane:
+            ours, theirs = socket.socketpair()
+            self.lane.enter(theirs, arrival)
+            await relay(reader, writer, ours, self.runtime.settings.limits.idle)
+        else:
+            await self._serve(reader, writer, Start(arrival=arrival))
+
+    def adopt(
+        self,
+        sock: socket.socket,
+        client: Client | None,
+        tunnel: Tunnel | None,
+        arrival: Arrival | None,
+        *,
+        decrypted: bool,
+    ) -> None:
         """Drive a connection that the fast lane hands over."""
-        self._adopted.add(task := asyncio.ensure_future(self._adopt(sock, Start(client, tunnel, decrypted))))
+        self._adopted.add(task := asyncio.ensure_future(self._adopt(sock, Start(client, tunnel, decrypted, arrival))))
         task.add_done_callback(self._adopted.discard)
 
     async def _adopt(self, sock: socket.socket, start: Start) -> None:
@@ -301,6 +380,7 @@ class Server:
         A connection without an exchange is cut when it had none for `grace` seconds: its client may be sending now.
         """
         self.addon.draining = True
+        self.doors.close()
         for server in self._servers:
             server.close()
         lane = [self.lane.drain(hurry, patience, grace)] if self.lane else []
@@ -308,6 +388,7 @@ class Server:
 
     def close(self) -> None:
         """Stop listening, and cut what the lane still has."""
+        self.doors.close()
         for server in self._servers:
             server.close()
         if self.lane:

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from proxy.parent import Parent, parse_parent
 from proxy.problem import Problem, Problems
+from proxy.proof import AgentPattern
 from proxy.quantity import parse_duration, parse_size
 from proxy.settingvalue import (
     Endpoint,
@@ -31,7 +32,9 @@ from proxy.settingvalue import (
     parse_nameserver,
     parse_network,
     parse_path,
+    parse_pattern,
     parse_store,
+    parse_uid,
     parse_workers,
 )
 from proxy.validation import did_you_mean, validate
@@ -77,6 +80,9 @@ class BoundListener(BaseModel):
     model_config = ConfigDict(extra="forbid", title="Listener")
     address: str
     agent: str | None = None
+    mode: Literal["0600", "0660", "0666"] = "0600"
+    group: str = ""
+    client_certificate: Literal["optional", "required"] = "optional"
 
 
 _Listener = Annotated[Listener, BeforeValidator(parse_listener, json_schema_input_type=str | BoundListener)]
@@ -84,6 +90,14 @@ _Listener = Annotated[Listener, BeforeValidator(parse_listener, json_schema_inpu
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Mtls(_Section):
+    """Client certificates on `tls://` listeners: chains end in a CA of `ca`; `uri` is the form of a SPIFFE ID."""
+
+    ca: Annotated[Path, _from(parse_file)]
+    agent: Literal["san-uri", "cn"] = "san-uri"
+    uri: Annotated[AgentPattern | None, _from(parse_pattern, str | None)] = None
 
 
 class Identity(_Section):
@@ -95,8 +109,12 @@ class Identity(_Section):
         dict[_Network, Annotated[str, _from(parse_agent)]],
         BeforeValidator(distinct(parse_network), json_schema_input_type=dict[str, str]),
     ] = _spelt({})
+    uids: Annotated[
+        dict[Annotated[int, _from(parse_uid)], Annotated[str, _from(parse_agent)]],
+        BeforeValidator(distinct(parse_uid), json_schema_input_type=dict[str, str]),
+    ] = _spelt({})
     jwt: _NotYet = None
-    mtls: _NotYet = None
+    mtls: Mtls | None = None
 
 
 class Upstream(_Section):
@@ -159,6 +177,7 @@ class Settings(_Section):
 
 # A setting's default shows how a variable or flag spells it: text as it is, a list by commas, the rest as YAML.
 _PATHS = {("rules",), ("certs",), ("state",), ("upstream", "trust"), ("audit", "file")}
+_INNER_PATHS = {("identity", "mtls", "ca")}  # within a value that is null by default
 
 
 def _leaves() -> dict[tuple[str, ...], Any]:
@@ -202,7 +221,7 @@ class _Layers(Tree):
         for step in path[:-1]:
             node = node.setdefault(step, {}) if isinstance(node, dict) else node
         if isinstance(node, dict):
-            node[path[-1]] = _absolute(value, base) if path in _PATHS else value
+            node[path[-1]] = _based(path, value, base)
             self._origins[path] = origin
 
     def settle(self, base: Path) -> None:
@@ -210,6 +229,9 @@ class _Layers(Tree):
         for path in _PATHS:
             value = self.get(path)
             self.put(path, _DEFAULTS[path] if value is _ABSENT else value, base)
+        for path in _INNER_PATHS:
+            if (value := self.get(path)) is not _ABSENT:
+                self.put(path, value, base)
 
     def expand_state(self) -> None:
         """Fill in `{state}` in the audit file's path."""
@@ -232,6 +254,15 @@ class _Layers(Tree):
 
 
 _ABSENT = object()
+
+
+def _based(path: tuple[str, ...], value: Any, base: Path) -> Any:
+    """A value with the paths in it made absolute."""
+    if path in _PATHS or path in _INNER_PATHS:
+        return _absolute(value, base)
+    if isinstance(value, dict):
+        return {key: _based((*path, key), inner, base) for key, inner in value.items()}
+    return value
 
 
 def _absolute(value: Any, base: Path) -> Any:
@@ -308,6 +339,15 @@ def settings_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Settings.model_json_schema(mode="validation")}
 
 
+def _contradictions(settings: Settings, tree: Tree) -> list[Problem]:
+    """Values that are right alone and not together."""
+    if settings.identity.mtls:
+        return []
+    asking = [index for index, listener in enumerate(settings.listen) if listener.client_certificate == "required"]
+    message, hint = "client certificates are required, and none are trusted", "set identity.mtls: {ca: FILE}"
+    return [tree.problem(("listen", index), message, hint) for index in asking]
+
+
 def load_settings(config: Path | None, env: Mapping[str, str], flags: Mapping[str, object], cwd: Path) -> Settings:
     """The settings in force. `flags` are by setting, dotted (`vault.lease`), None meaning not given; an empty variable
     counts as not set. Paths in the file are relative to its folder, as the defaults are; others to `cwd`.
@@ -322,6 +362,7 @@ def load_settings(config: Path | None, env: Mapping[str, str], flags: Mapping[st
         layers.put(path, value, cwd, origin)
     layers.expand_state()
     settings, wrong = validate(Settings, layers)
-    if settings is None or problems:
+    wrong += _contradictions(settings, layers) if settings else []
+    if settings is None or problems or wrong:
         raise Problems(problems + wrong)
     return settings

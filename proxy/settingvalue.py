@@ -13,10 +13,12 @@ from urllib.parse import urlsplit
 from proxy.address import Host
 from proxy.agent import parse_agent_id
 from proxy.cpus import usable_cpus
+from proxy.proof import AgentPattern
 from proxy.yamltree import kind_of
 
 _STORES = ("redis", "rediss", "redis+sentinel", "redis+cluster")
 MAX_WORKERS = 256
+NOBODY = 65534  # what the kernel tells of a user who is not mapped into our user namespace
 _LATER = "not available in this version"
 
 
@@ -63,15 +65,31 @@ class StoreUrl:
         return hash(self._url)
 
 
+type ListenerScheme = Literal["regular", "transparent", "unix", "tls"]
+
+
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """One way in; `address` is as the operator wrote it, `agent` the one agent it belongs to, or None for any."""
+    """One way in; `address` is as the operator wrote it, `agent` the one agent it belongs to, or None for any.
+
+    A unix socket has a `path` instead of host and port, with the permissions `mode`, and a `group` where not our own;
+    `{agent}` in the path stands for one socket each.
+    """
 
     address: str
     host: str
     port: int
     agent: str | None = None
-    scheme: Literal["regular", "transparent", "unix", "tls"] = "regular"
+    scheme: ListenerScheme = "regular"
+    path: str = ""
+    mode: int = 0o600
+    group: str = ""
+    client_certificate: Literal["optional", "required"] = "optional"  # tls, where identity.mtls is set
+
+    @property
+    def per_agent(self) -> AgentPattern | None:
+        """The path of each agent's own socket, where it is a pattern."""
+        return AgentPattern.parse(self.path) if "{agent}" in self.path else None
 
 
 def parse_text(value: object, what: str = "text") -> str:
@@ -110,25 +128,57 @@ def parse_nameserver(value: object) -> Endpoint:
     return endpoint
 
 
+_MARKS: tuple[tuple[str, ListenerScheme], ...] = (("transparent@", "transparent"), ("unix:", "unix"), ("tls://", "tls"))
+_OPTIONS: dict[ListenerScheme, tuple[str, ...]] = {"unix": ("mode", "group"), "tls": ("client_certificate",)}
+_MODES = {"0600": 0o600, "0660": 0o660, "0666": 0o666}
+_LONGEST_PATH = 103  # bytes: of the 107 in sun_path on Linux some are for a draft's name
+_LONGEST_AGENT = 63
+
+
 def parse_listener(value: object) -> Listener:
-    """One way in: an address, or an address bound to an agent. Raises ValueError(message[, hint])."""
-    agent: str | None = None
-    address = value
-    if isinstance(value, dict):
-        unknown = sorted(value.keys() - {"address", "agent"})
-        if unknown or "address" not in value:
-            message = f'unknown field "{unknown[0]}"' if unknown else 'missing field "address"'
-            raise ValueError(message, 'write {address: "127.0.0.1:8081", agent: coder-1}')
-        address = value["address"]
-        agent = parse_agent_id(parse_text(value["agent"], "an agent id")) if value.get("agent") is not None else None
-    text = parse_text(address, "an address such as 127.0.0.1:8080")
-    for mark, scheme in (("transparent@", "transparent"), ("unix:", "unix"), ("tls://", "tls")):
-        if text.startswith(mark):
-            if scheme != "unix":
-                parse_bind(text.removeprefix(mark))
-            raise ValueError(f'"{text}": {scheme} listeners are {_LATER}', 'write "127.0.0.1:8080"')
-    host, port = parse_bind(text)
-    return Listener(text, host.name, port, agent)
+    """One way in: an address, or a mapping with more about it. Raises ValueError(message[, hint])."""
+    options = dict(value) if isinstance(value, dict) else {"address": value}
+    if "address" not in options:
+        raise ValueError('missing field "address"', 'write {address: "127.0.0.1:8081", agent: coder-1}')
+    text = parse_text(options.pop("address"), "an address such as 127.0.0.1:8080")
+    mark, scheme = next(((mark, scheme) for mark, scheme in _MARKS if text.startswith(mark)), ("", "regular"))
+    unknown = sorted(options.keys() - {"agent", *_OPTIONS.get(scheme, ())})
+    if unknown:
+        takes = ", ".join(("address", "agent", *_OPTIONS.get(scheme, ())))
+        raise ValueError(f'unknown field "{unknown[0]}"', f"a {scheme} listener takes {takes}")
+    agent = options.get("agent")
+    agent = parse_agent_id(parse_text(agent, "an agent id")) if agent is not None else None
+    place = text.removeprefix(mark)
+    if scheme == "unix":
+        return _unix_listener(text, place, agent, options)
+    host, port = parse_bind(place)
+    return Listener(text, host.name, port, agent, scheme, client_certificate=_certificate(options))
+
+
+def _unix_listener(text: str, path: str, agent: str | None, options: dict[str, object]) -> Listener:
+    if not path.startswith("/") or "\0" in path:
+        raise ValueError(f'"{text}" has no absolute path', 'write "unix:/run/sallyport/{agent}.sock"')
+    mode = str(options.get("mode") or "0600")
+    if mode not in _MODES:
+        raise ValueError(f'mode "{mode}" is not 0600, 0660 or 0666', 'write mode: "0660", in quotes')
+    listener = Listener(text, "", 0, agent, "unix", path, _MODES[mode], parse_text(options.get("group") or ""))
+    pattern = listener.per_agent
+    if pattern and agent:
+        raise ValueError(f'"{text}" has a socket for each agent', "leave agent: out")
+    if pattern and "/" in pattern.after:
+        raise ValueError(f'"{text}": {{agent}} must be in the file\'s name', "write /run/sallyport/{agent}.sock")
+    if len((pattern.fill("a" * _LONGEST_AGENT) if pattern else path).encode()) > _LONGEST_PATH:
+        raise ValueError(f'"{text}" is too long for a socket', f"a path has {_LONGEST_PATH} bytes, an id up to 63")
+    return listener
+
+
+def _certificate(options: dict[str, object]) -> Literal["optional", "required"]:
+    match options.get("client_certificate", "optional"):
+        case "required":
+            return "required"
+        case "optional":
+            return "optional"
+    raise ValueError("client_certificate is optional or required", "write required, and set identity.mtls")
 
 
 def parse_path(value: object) -> Path:
@@ -187,6 +237,21 @@ def parse_network(value: object) -> IPv4Network | IPv6Network:
     except ValueError:
         raise ValueError(f'"{text}" is not a network', 'write it as "10.1.2.0/24"') from None
     raise ValueError(f'"{text}" has bits set outside its mask', f'write "{right}"')
+
+
+def parse_pattern(value: object) -> AgentPattern | None:
+    """A text with `{agent}` in it once, or nothing. Raises ValueError(message[, hint])."""
+    return None if value is None else AgentPattern.parse(parse_text(value))
+
+
+def parse_uid(value: object) -> int:
+    """A user's number. Raises ValueError(message[, hint])."""
+    text = str(value)
+    if not re.fullmatch("[0-9]{1,10}", text) or int(text) >= 2**32 - 1:
+        raise ValueError(f'"{text}" is not a user\'s number', "write it as `id -u` prints it, such as 1001")
+    if int(text) == NOBODY:
+        raise ValueError(f"{NOBODY} is every user of a sandbox that this host has no number for", "give it a real one")
+    return int(text)
 
 
 def parse_agent(value: object) -> str:

@@ -23,7 +23,7 @@ from proxy.admin import Admin, Status
 from proxy.audit import AuditFile
 from proxy.auditlink import AuditDesk
 from proxy.embedded import Embedded
-from proxy.listening import address_of, bind
+from proxy.listening import addresses, bind, close
 from proxy.metrics import Metrics
 from proxy.problem import Problems, UserError
 from proxy.rotation import load_authority
@@ -74,7 +74,7 @@ class Supervisor:
     @property
     def addresses(self) -> tuple[str, ...]:
         """Where the listeners are bound."""
-        return tuple(address_of(sock) for sockets in self._listening for sock in sockets)
+        return addresses(self.settings.listen, self._listening)
 
     def problems(self) -> list[str]:
         """What the first worker found wrong with the rules when it started."""
@@ -197,9 +197,8 @@ class Supervisor:
         await asyncio.to_thread(self._audit.close)
 
     def _stop_listening(self) -> None:
-        for sockets in self._listening:
-            for sock in sockets:
-                sock.close()
+        for listener, sockets in zip(self.settings.listen, self._listening, strict=True):
+            close(listener, sockets)
 
     # Reports
 

@@ -68,7 +68,8 @@ async def _serve(task: Task, link: Link, orders: _Orders, runtimes: list[Runtime
         server = Server(runtime)
         server.addon.elsewhere = orders.elsewhere
         ending.callback(server.close)
-        await server.start([[socket.socket(fileno=fd) for fd in fds] for fds in task.listening])
+        sockets = [[socket.socket(fileno=fd) for fd in fds] for fds in task.listening]
+        await server.start(sockets, follow_agents=task.number == 1)
         link.send("report", _report(runtime))
         problems = [str(problem) for problem in (*runtime.rules.problems, *runtime.rules.warnings)]
         link.send("ready", problems)

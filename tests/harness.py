@@ -315,10 +315,28 @@ def refused(response: Response, code: str) -> dict[str, Any]:
     return error
 
 
+def connect_to(host: str, port: int) -> socket.socket:
+    """A connection by TCP, or to the unix socket at the path `host`."""
+    if not host.startswith("/"):
+        return socket.create_connection((host, port), PATIENCE)
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(host)
+    return sock
+
+
+def bound(entry: str) -> tuple[str, int]:
+    """Where a listener of any kind can be connected to; the path of a unix socket has no port."""
+    if entry.startswith("unix:"):
+        return entry.removeprefix("unix:"), 0
+    host, _, port = entry.removeprefix("tls://").removeprefix("transparent@").rpartition(":")
+    return host.strip("[]"), int(port)
+
+
 class Proxy:
     """A proxy process with a folder of its own."""
 
     module = "proxy"
+    enter: tuple[str, ...] = ()  # what stands before the command, such as a namespace to run in
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], rules: str) -> None:
         self.folder = folder
@@ -346,7 +364,7 @@ class Proxy:
         """Start it and wait until it says that it is ready."""
         self.stderr = (self.folder / "stderr.txt").open("a")
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", self.module, "run", "--config", str(self.config)],
+            [*self.enter, sys.executable, "-P", "-m", self.module, "run", "--config", str(self.config)],
             cwd=self.folder,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -364,9 +382,8 @@ class Proxy:
         if not first:
             raise AssertionError(f"the proxy did not start: {(self.folder / 'stderr.txt').read_text()}")
         running = json.loads((self.folder / ".sallyport" / "running.json").read_text())
-        host, _, port = running["listen"][0].rpartition(":")
-        self.address = (host, int(port))
-        self.listeners = [(entry.rpartition(":")[0], int(entry.rpartition(":")[2])) for entry in running["listen"]]
+        self.listeners = [bound(entry) for entry in running["listen"]]
+        self.address = self.listeners[0]
         self.admin = running["admin"]
         return self
 
@@ -441,7 +458,7 @@ class Proxy:
 
     def connect(self, listener: int = 0) -> Connection:
         """A TCP connection to a listener."""
-        client = Connection(socket.create_connection(self.listeners[listener], PATIENCE))
+        client = Connection(connect_to(*self.listeners[listener]))
         self.clients.append(client)
         return client
 

@@ -150,7 +150,10 @@ def test_a_name_that_is_not_ascii_is_no_name_of_anything() -> None:
     assert found.server_name == "\ufffd\ufffd.test"
 
 
-@pytest.mark.parametrize(("start", "may"), [(b"", True), (b"\x16", True), (b"\x16\x03", True), (b"\x16\x03\x04", True)])
+@pytest.mark.parametrize(
+    ("start", "may"),
+    [(b"", True), (b"\x16", True), (b"\x16\x03", True), (b"\x16\x03\x03", True), (b"\x16\x03\x04", False)],
+)
 def test_the_start_of_a_handshake_is_told(start: bytes, may: bool) -> None:
     assert is_tls(start) is may
 

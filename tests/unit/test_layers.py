@@ -25,14 +25,14 @@ LAYERS = {
         "sealing validation yamltree"
     ),
     4: (
-        "admin agentca audit auditline auditlink ca canary certificate cpus embedded files follow gateway "
-        "gatewaykeys guard guesses identity killswitch leakguard limiter link listening masterkey metrics "
-        "parent poller records registry rollback rotation running sandboxenv settings settingvalue snapshot "
-        "store upstream vault workerprocess"
+        "admin agentca arrival audit auditline auditlink ca canary certificate cpus embedded files follow gateway "
+        "gatewaykeys guard guesses identity killswitch leakguard limiter link listening masterkey metrics mtls "
+        "parent poller records redirect registry rollback rotation running sandboxenv settings settingvalue "
+        "snapshot store unixsocket upstream vault workerprocess"
     ),
     5: (
-        "addon cut flow lane layers peer pool relay runtime server signing strict1 strict2 strictws supervisor "
-        "tls worker"
+        "addon cut doors flow lane layers peer pool relay runtime server signing strict1 strict2 strictws "
+        "supervisor tls tlsdoor transparent worker"
     ),
     6: "__main__ check cli cliaudit clicanary cligateway demo script",
 }

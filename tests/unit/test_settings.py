@@ -249,7 +249,6 @@ def test_a_dangling_default_file_is_not_no_file(tmp_path: Path) -> None:
 _PORT_HINT = "\n    hint: the port is a number from 0 to 65535"
 _ENDPOINT_HINT = "\n    hint: the port is a number from 1 to 65535"
 _LISTENER_HINT = '\n    hint: write {address: "127.0.0.1:8081", agent: coder-1}'
-_LATER = 'listeners are not available in this version\n    hint: write "127.0.0.1:8080"'
 _STORES = "the store is embedded or a URL beginning with redis://, rediss://, redis+sentinel://, redis+cluster://"
 _HOST_HINT = "\n    hint: write a host name or an IP address"
 _WORKER_WORDS, _WORKER_HINT = "expected a number of workers from 1 to 256, or auto", "\n    hint: write 2, or auto"
@@ -284,12 +283,49 @@ _ID = "use 1 to 63 letters, digits, '.', '_' and '-', beginning with a letter or
         ("listen: ['a b:80']", '1:10: "a b" is not a host' + _HOST_HINT),
         ("listen: ['1.2.3:80']", '1:10: "1.2.3" is not a host' + _HOST_HINT),
         ("listen: [{agent: a}]", '1:10: missing field "address"' + _LISTENER_HINT),
-        ("listen: [{address: 'a:1', agnet: a}]", '1:10: unknown field "agnet"' + _LISTENER_HINT),
+        (
+            "listen: [{address: 'a:1', agnet: a}]",
+            '1:10: unknown field "agnet"\n    hint: a regular listener takes address, agent',
+        ),
+        (
+            "listen: [{address: 'tls://a:1', mode: '0600'}]",
+            '1:10: unknown field "mode"\n    hint: a tls listener takes address, agent, client_certificate',
+        ),
         ("listen: [{address: 'a:1', agent: 'a:b'}]", f"1:10: 'a:b' cannot be an agent id: {_ID}"),
         ("listen: [{address: 'a:1', agent: 5}]", "1:10: expected an agent id, got a number"),
-        ("listen: ['transparent@10.0.0.1:8081']", '1:10: "transparent@10.0.0.1:8081": transparent ' + _LATER),
-        ("listen: ['unix:/run/{agent}.sock']", '1:10: "unix:/run/{agent}.sock": unix ' + _LATER),
-        ("listen: ['tls://127.0.0.1:1']", '1:10: "tls://127.0.0.1:1": tls ' + _LATER),
+        ("listen: ['transparent@x']", f'1:10: "x" is not host:port{_PORT_HINT}'),
+        (
+            "listen: ['unix:a.sock']",
+            '1:10: "unix:a.sock" has no absolute path\n    hint: write "unix:/run/sallyport/{agent}.sock"',
+        ),
+        (
+            "listen: ['unix:/{agent}/{agent}']",
+            '1:10: "/{agent}/{agent}" needs {agent} once\n    hint: {agent} stands where the agent\'s id is',
+        ),
+        (
+            "listen: ['unix:/{agent}/s']",
+            '1:10: "unix:/{agent}/s": {agent} must be in the file\'s name\n    hint: write /run/sallyport/{agent}.sock',
+        ),
+        (
+            "listen: [{address: 'unix:/{agent}.s', agent: a}]",
+            '1:10: "unix:/{agent}.s" has a socket for each agent\n    hint: leave agent: out',
+        ),
+        (
+            "listen: [{address: 'unix:/s', mode: 0777}]",
+            '1:10: mode "777" is not 0600, 0660 or 0666\n    hint: write mode: "0660", in quotes',
+        ),
+        (
+            f"listen: ['unix:/{'s' * 107}']",
+            f'1:10: "unix:/{"s" * 107}" is too long for a socket\n    hint: a path has 103 bytes, an id up to 63',
+        ),
+        (
+            "listen: [{address: 'tls://a:1', client_certificate: maybe}]",
+            "1:10: client_certificate is optional or required\n    hint: write required, and set identity.mtls",
+        ),
+        (
+            "listen: ['a:1', {address: 'tls://a:1', client_certificate: required}]",
+            "1:17: client certificates are required, and none are trusted\n    hint: set identity.mtls: {ca: FILE}",
+        ),
         ("listen: ['tls://x']", f'1:10: "x" is not host:port{_PORT_HINT}'),
         ("admin: 9090", "1:8: expected host:port, got a number"),
         ("rules: ''", "1:8: expected a path, got empty text"),
@@ -323,7 +359,16 @@ _ID = "use 1 to 63 letters, digits, '.', '_' and '-', beginning with a letter or
             '1:22: "FC00::/7" is the same as "fc00::/7"\n    hint: remove one of them',
         ),
         ("identity: {jwt: {jwks: x}}", f"1:17: {_NULL}"),
-        ("identity: {mtls: {ca: x}}", f"1:18: {_NULL}"),
+        ("identity: {mtls: {ca: x}}", "1:23: no such file: TMP/x\n    hint: give the path of a PEM file"),
+        ("identity: {mtls: {}}", '1:18: missing field "ca"'),
+        (
+            "identity: {uids: {root: a}}",
+            '1:19: "root" is not a user\'s number\n    hint: write it as `id -u` prints it, such as 1001',
+        ),
+        (
+            "identity: {uids: {'65534': a}}",
+            "1:19: 65534 is every user of a sandbox that this host has no number for\n    hint: give it a real one",
+        ),
         ("upstream: {trust: [no.pem]}", "1:20: no such file: TMP/no.pem\n    hint: give the path of a PEM file"),
         ("upstream: {trust: no.pem}", "1:19: expected a list, got text\n    hint: write it in brackets: [...]"),
         ("upstream: {connect_to: {a: 'b:1'}}", f'1:25: "a" is not host:port{_ENDPOINT_HINT}'),
@@ -484,3 +529,34 @@ def test_the_schema_shows_settings_as_they_are_written() -> None:
 def test_auto_is_a_worker_for_each_cpu_we_may_use(tmp_path: Path) -> None:
     (tmp_path / "sallyport.yaml").write_text("workers: auto\n")
     assert load_settings(None, {}, {}, tmp_path).workers == usable_cpus()
+
+
+def test_listeners_of_every_kind(tmp_path: Path) -> None:
+    """What is behind the scheme, and how a socket for each agent is told from one for all."""
+    text = """listen:
+  - transparent@10.0.0.1:8081
+  - {address: "tls://[::1]:8443", agent: coder-1}
+  - {address: "unix:/run/s.sock", mode: "0660", group: sandboxes}
+  - unix:/run/sallyport/{agent}.sock
+"""
+    (tmp_path / "sallyport.yaml").write_text(text)
+    transparent, tls, unix, each = load_settings(None, {}, {}, tmp_path).listen
+    assert (transparent.scheme, transparent.host, transparent.port) == ("transparent", "10.0.0.1", 8081)
+    assert (tls.scheme, tls.host, tls.port, tls.agent) == ("tls", "::1", 8443, "coder-1")
+    assert (unix.scheme, unix.path, unix.mode, unix.group) == ("unix", "/run/s.sock", 0o660, "sandboxes")
+    assert unix.per_agent is None
+    assert each.per_agent
+    assert (each.per_agent.fill("coder-1"), each.mode) == ("/run/sallyport/coder-1.sock", 0o600)
+
+
+def test_paths_within_identity_are_relative_to_the_file(tmp_path: Path) -> None:
+    """Or, given by a variable, to the current folder."""
+    (tmp_path / "ca.pem").write_text("")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "sallyport.yaml").write_text("identity: {mtls: {ca: ../ca.pem, agent: cn}}")
+    mtls = load_settings(Path("sub/sallyport.yaml"), {}, {}, tmp_path).identity.mtls
+    assert mtls
+    assert (mtls.ca.resolve(), mtls.agent) == (tmp_path / "ca.pem", "cn")
+    given = load_settings(None, {"SALLYPORT_IDENTITY__MTLS": "{ca: ca.pem}"}, {}, tmp_path).identity.mtls
+    assert given
+    assert given.ca == tmp_path / "ca.pem"
