@@ -68,7 +68,11 @@ def _sallyport(site: Site, lane: str) -> Launch:
             "trust": [str(site.keys / "upstream-ca.pem")],
             "connect_to": {f"{host}:{site.upstream}": f"127.0.0.1:{site.upstream}" for host in hosts},
         },
-        "limits": {"connections_per_agent": 20_000},
+        "limits": {
+            "connections_per_agent": 20_000,
+            "unidentified_per_source": 20_000,
+            "new_hosts_per_agent": "1000000/s",
+        },
     }
     config.write_text(json.dumps(settings))  # JSON is YAML
     (site.folder / "rules").mkdir()

@@ -60,7 +60,6 @@ if TYPE_CHECKING:
     from proxy.runtime import Runtime
 
 _log = logging.getLogger("sallyport")
-MINTS, MINT_EVERY = 500, 0.05  # certificates for new hosts that one agent gets at once, and seconds until one more
 
 
 def _refuse_flow(addon: Addon, flow: http.HTTPFlow) -> None:
@@ -116,7 +115,8 @@ class Addon:
         self.elsewhere: Mapping[str, int] = {}  # how many connections an agent has in other workers
         self.draining = False  # connections end with the answer that comes next
         self._guesses = Guesses()
-        self._mints = Guesses(MINTS, MINT_EVERY)
+        mints, seconds = runtime.settings.limits.new_hosts_per_agent
+        self._mints = Guesses(mints, seconds / mints)
         self.strangers = Strangers(
             runtime.settings.limits.unidentified_per_source,
             lambda: runtime.metrics.limit_exceeded("", "", "unidentified"),

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from proxy.parent import Parent, parse_parent
 from proxy.problem import Problem, Problems
 from proxy.proof import AgentPattern
-from proxy.quantity import parse_duration, parse_size
+from proxy.quantity import parse_duration, parse_rate, parse_size
 from proxy.settingvalue import (
     Endpoint,
     Listener,
@@ -151,6 +151,7 @@ class Limits(_Section):
     headers: Annotated[_Size, AfterValidator(_positive)] = _spelt("64KiB")
     connections_per_agent: int = Field(default=256, ge=1)
     unidentified_per_source: int = Field(default=512, ge=1)
+    new_hosts_per_agent: Annotated[tuple[int, float], _from(parse_rate)] = _spelt("1200/m")
     idle: Annotated[_Duration, AfterValidator(_positive)] = _spelt("300s")
 
 

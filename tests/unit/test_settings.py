@@ -55,6 +55,7 @@ _DEFAULTS: list[tuple[str, Any]] = [
     ("limits.headers", 64 * 1024),
     ("limits.connections_per_agent", 256),
     ("limits.unidentified_per_source", 512),
+    ("limits.new_hosts_per_agent", (1200, 60.0)),
     ("limits.idle", 300.0),
 ]
 
@@ -100,7 +101,8 @@ upstream:
 lane: mitmproxy
 vault: {lease: 500ms}
 audit: {file: "log/{state}.jsonl", stdout: true}
-limits: {buffer: 10MB, headers: 4096, connections_per_agent: 1, unidentified_per_source: 2, idle: 2d}
+limits:
+  {buffer: 10MB, headers: 4096, connections_per_agent: 1, unidentified_per_source: 2, new_hosts_per_agent: 5/s, idle: 2d}
 """
 
 
@@ -138,6 +140,7 @@ def test_every_setting_is_read_from_the_file(tmp_path: Path) -> None:
         "headers": 4096,
         "connections_per_agent": 1,
         "unidentified_per_source": 2,
+        "new_hosts_per_agent": (5, 1.0),
         "idle": 172_800.0,
     }
 
