@@ -102,7 +102,8 @@ lane: mitmproxy
 vault: {lease: 500ms}
 audit: {file: "log/{state}.jsonl", stdout: true}
 limits:
-  {buffer: 10MB, headers: 4096, connections_per_agent: 1, unidentified_per_source: 2, new_hosts_per_agent: 5/s, idle: 2d}
+  {buffer: 10MB, headers: 4096, connections_per_agent: 1, unidentified_per_source: 2,
+   new_hosts_per_agent: 5/s, idle: 2d}
 """
 
 
