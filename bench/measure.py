@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,7 +135,9 @@ def measure(contestant: Contestant, scenario: Scenario, seconds: float, on: set[
     """
     if contestant.launch and not machine.tree_runs(contestant.root):
         raise Failed("it ended")
-    return {"load": _load, "idle": _idle, "h2": _http2}[scenario.kind](contestant, scenario, seconds, on)
+    return {"load": _load, "idle": _idle, "h2": _http2, "fairness": _fairness}[scenario.kind](
+        contestant, scenario, seconds, on
+    )
 
 
 def _load(contestant: Contestant, scenario: Scenario, seconds: float, on: set[int]) -> dict[str, float]:
@@ -165,6 +168,43 @@ def _load(contestant: Contestant, scenario: Scenario, seconds: float, on: set[in
         values |= {"cpu_us": cpu / done * 1e6, "cpu_s_gib": cpu / (done * BULK / 2**30)}
         values |= {"rss_mib": machine.rss(root) / 2**20, "growth_mib": (peak - resident) / 2**20}
     return values
+
+
+def _fairness(contestant: Contestant, _scenario: Scenario, seconds: float, on: set[int]) -> dict[str, float]:
+    """The p99 of one agent alone, and while another one asks as fast as it is answered."""
+    if not contestant.launch:
+        return {}
+    proofs = (contestant.site.folder / "agents").read_text().splitlines(keepends=True)
+    for name, proof in zip(("calm", "flood"), proofs, strict=True):
+        (contestant.site.folder / name).write_text(proof)
+    at = contestant.options.index("-A")
+    alone = [*contestant.options[:at], *contestant.options[at + 2 :]]
+    calm = _asked_with(contestant, [*alone, "-A", str(contestant.site.folder / "calm")])
+    flood = _asked_with(contestant, [*alone, "-A", str(contestant.site.folder / "flood")])
+    options = ["-s", str(seconds), "-c", "4", "-r", "100"]
+    quiet = _p99(calm, options, on)
+    with generator(flood, ["-s", str(seconds + 2), "-c", "64"], on) as process:
+        assert process.stdin
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        flooded = _p99(calm, options, on)
+    return {"p99_us": quiet, "flooded_p99_us": flooded, "p99_times": flooded / quiet}
+
+
+def _asked_with(contestant: Contestant, options: list[str]) -> Contestant:
+    """The same one as another agent asks it."""
+    other = copy(contestant)
+    other.options = options
+    return other
+
+
+def _p99(contestant: Contestant, options: list[str], on: set[int]) -> float:
+    with generator(contestant, options, on) as process:
+        said, _ = process.communicate("go\n")
+    result = json.loads(said)
+    if result["refused"] or result["failed"] or not result["requests"]:
+        raise Failed(f"{result['refused']} answers not 2xx, {result['failed']} requests failed")
+    return float(result["latency"]["p99"])
 
 
 def _idle(contestant: Contestant, scenario: Scenario, _seconds: float, on: set[int]) -> dict[str, float]:

@@ -22,7 +22,7 @@ class Scenario:
     figure: str
     columns: tuple[str, ...]
     load: tuple[str, ...] = ()
-    kind: Literal["load", "idle", "h2"] = "load"
+    kind: Literal["load", "idle", "h2", "fairness"] = "load"
     seconds: float = 3.0
     more_is_better: bool = False
     also: tuple[str, ...] = ()
@@ -126,6 +126,17 @@ _ALL = (
         note="Only Sallyport knows agents and rules; the others do no more than elsewhere.",
     ),
     Scenario(
+        "fairness",
+        "100 requests/s of one agent, alone and while another one floods by 64 connections",
+        "p99_times",
+        ("p99_times", "p99_us", "flooded_p99_us"),
+        kind="fairness",
+        seconds=4,
+        only=("sallyport-fast", "sallyport-mitmproxy"),
+        site={"agents": 2},
+        limits={"p99_times": 3},
+    ),
+    Scenario(
         "http2",
         "HTTP/2 clients, 4 connections of 8 streams, HTTP/1.1 upstream",
         "cpu_us",
@@ -152,6 +163,8 @@ SCENARIOS = {scenario.name: scenario for scenario in _ALL}
 
 UNITS = {
     "cpu_us": "CPU us/request",
+    "p99_times": "p99 flooded / alone",
+    "flooded_p99_us": "flooded p99 us",
     "rps": "requests/s",
     "p50_us": "p50 us",
     "p99_us": "p99 us",
