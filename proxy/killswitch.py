@@ -107,12 +107,12 @@ class KillSwitch:
         self.stops = Stops()
         self._state = state
         self._on_change = on_change
-        self._pulled = False  # by a signal, and the file could not be written
+        self.pulled = False  # by a signal, and the file could not be written
 
     def look(self) -> None:
         """Act on what the file says now."""
         stops = read_stops(self._state)
-        if self._pulled:
+        if self.pulled:
             stops = Stops(stops.everybody or "", stops.agents)
         if stops != self.stops:
             _log.warning("the kill switch of this host stops %s", _who(stops))
@@ -124,7 +124,7 @@ class KillSwitch:
         try:
             stop(self._state, None, "by signal")
         except Exception as error:
-            self._pulled = True
+            self.pulled = True
             _log.error("%s cannot be written (%s): everybody is stopped until a restart", FILE, type(error).__name__)
         self.look()
 

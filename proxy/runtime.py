@@ -50,7 +50,8 @@ _log = logging.getLogger("sallyport")
 
 
 class Runtime:
-    """Made by `start`, ended by `stop`. `own` are the addresses that must never be an upstream."""
+    """Made by `start`, ended by `stop`. `own` are the addresses of this proxy, which must never be an
+    upstream; nor may those of the store."""
 
     def __init__(
         self, settings: Settings, store: Store, environment: Mapping[str, str], sink: Sink | None = None
@@ -94,7 +95,7 @@ class Runtime:
             connect_to=settings.upstream.connect_to,
             nameservers=settings.upstream.nameservers,
             allow_addresses=settings.upstream.allow_addresses,
-            own=lambda: self.own,
+            own=lambda: self.own | store.servers(),
             via=settings.upstream.via,
         )
         file, refuse = settings.audit.file or Path(os.devnull), settings.audit.on_full == "refuse"

@@ -72,9 +72,16 @@ class Revision:
 class Store:
     """Named tables of text records. Every method raises StoreUnavailable within a few seconds if it cannot work."""
 
-    def __init__(self, client: Redis | RedisCluster, where: str, embedded: Embedded | None = None) -> None:
+    def __init__(
+        self,
+        client: Redis | RedisCluster,
+        where: str,
+        written: Iterable[tuple[str, int]] = (),
+        embedded: Embedded | None = None,
+    ) -> None:
         self._client: Any = client  # the two clients share no typed interface
         self._embedded = embedded
+        self._servers = set(written)
         self.where = where  # which store, in words, for messages: never with a password
 
     @classmethod
@@ -86,7 +93,7 @@ class Store:
         if url == "embedded":
             embedded = await asyncio.to_thread(Embedded, state_dir)
             await asyncio.to_thread(embedded.open)
-            store = cls(Redis(unix_socket_path=embedded.socket_path, **_OPTIONS), "the embedded store", embedded)
+            store = cls(Redis(unix_socket_path=embedded.socket_path, **_OPTIONS), "the embedded store", (), embedded)
         else:
             store = cls(*_connect(url))
         if wait or store._embedded:
@@ -113,6 +120,16 @@ class Store:
         finally:
             if self._embedded:
                 await asyncio.to_thread(self._embedded.close)
+
+    def servers(self) -> set[tuple[str, int]]:
+        """The hosts and ports this store was ever met at: those that were written, the master that a sentinel named,
+        the nodes of a cluster."""
+        master = getattr(getattr(self._client, "connection_pool", None), "master_address", None)
+        if master:
+            self._servers.add(tuple(master))
+        if isinstance(self._client, RedisCluster):
+            self._servers.update((str(node.host), int(node.port)) for node in self._client.get_nodes())
+        return self._servers
 
     async def ping(self) -> None:
         """Returns if the store answers."""
@@ -188,8 +205,8 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
-def _connect(url: str) -> tuple[Redis | RedisCluster, str]:
-    """A client that has not connected yet, and which store that is, for messages. Raises UserError."""
+def _connect(url: str) -> tuple[Redis | RedisCluster, str, list[tuple[str, int]]]:
+    """A client that has not connected yet, which store that is, for messages, and where. Raises UserError."""
     parts = _URL.fullmatch(url)
     if not parts:
         raise UserError(
@@ -200,25 +217,25 @@ def _connect(url: str) -> tuple[Redis | RedisCluster, str]:
     scheme, login, hosts, path = parts[1], parts[2] or "", parts[3], parts[4] or ""
     where = f"the store at {scheme}://{hosts}{path}"
     try:
+        servers = [_host_port(text, 26379 if scheme == "redis+sentinel" else 6379) for text in hosts.split(",")]
         if scheme in ("redis", "rediss"):
-            return Redis.from_url(url, **_OPTIONS), where
+            return Redis.from_url(url, **_OPTIONS), where, servers
         username, _, password = (unquote(part) or None for part in login.partition(":"))
         options = {**_OPTIONS, "username": username, "password": password}
         if scheme == "redis+cluster":
-            nodes = [ClusterNode(*_host_port(text, 6379)) for text in hosts.split(",")]
-            return RedisCluster(startup_nodes=nodes, **options), where
+            nodes = [ClusterNode(*server) for server in servers]
+            return RedisCluster(startup_nodes=nodes, **options), where, servers
         service, _, db = path.strip("/").partition("/")
-        sentinels = [_host_port(text, 26379) for text in hosts.split(",")]
         # The login is the data servers' own, not the sentinels'.
-        watch = Sentinel(sentinels, sentinel_kwargs=_OPTIONS, **options)  # type: ignore[no-untyped-call]
-        return watch.master_for(service, db=int(db or 0)), where
+        watch = Sentinel(servers, sentinel_kwargs=_OPTIONS, **options)  # type: ignore[no-untyped-call]
+        return watch.master_for(service, db=int(db or 0)), where, servers
     except (ValueError, TypeError, RedisClusterException):
         raise UserError(f"{where} cannot be: check its port, service name and options") from None
 
 
 def _host_port(text: str, default: int) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    return (host.strip("[]"), int(port)) if colon else (text, default)
+    host, colon, port = ("", "", "") if text.endswith("]") else text.rpartition(":")
+    return (host.strip("[]"), int(port)) if colon else (text.strip("[]"), default)
 
 
 def _text(value: bytes | None) -> str | None:

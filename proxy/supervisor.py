@@ -23,6 +23,7 @@ from proxy.admin import Admin, Status
 from proxy.audit import AuditFile
 from proxy.auditlink import AuditDesk
 from proxy.embedded import Embedded
+from proxy.killswitch import KillSwitch
 from proxy.listening import addresses, bind, close
 from proxy.metrics import Metrics
 from proxy.problem import Problems, UserError
@@ -50,6 +51,7 @@ class Supervisor:
         self.own: list[tuple[str, int]] = []  # addresses beside the listeners that must never be an upstream
         self._stopping = False
         self._load = load
+        self._switch = KillSwitch(settings.state, lambda _: None)
         self._started = time.monotonic()
         self._listening = [bind(listener) for listener in settings.listen]
         file = settings.audit.file or Path(os.devnull)
@@ -82,8 +84,13 @@ class Supervisor:
 
     async def _bring_up(self, number: int) -> WorkerProcess:
         """A worker that is ready. Raises UserError."""
-        worker = await WorkerProcess.start(number, self.settings, self._listening, self.own, self._audit.serve)
+        stopped = self._switch.pulled
+        worker = await WorkerProcess.start(
+            number, self.settings, self._listening, self.own, self._audit.serve, stopped=stopped
+        )
         self._all[worker] = asyncio.create_task(self._watch(worker))
+        if self._switch.pulled and not stopped:  # meanwhile
+            worker.tell("kill")
         try:
             async with asyncio.timeout(STARTING):
                 await asyncio.shield(worker.ready)
@@ -135,6 +142,11 @@ class Supervisor:
         """Send every worker an order: `rules` to read them now, `kill` to stop every agent of this host."""
         for worker in self._all:
             worker.tell(order)
+
+    def pull(self) -> None:
+        """Stop every agent of this host, also in workers that start later."""
+        self.tell("kill")
+        self._switch.pull()
 
     def reload(self) -> None:
         """Replace the workers one by one, under the settings as they are now."""
@@ -267,7 +279,7 @@ async def supervise(
         supervisor.own.append((host.name, admin.port))
         await supervisor.start()
         loop.add_signal_handler(signal.SIGHUP, supervisor.tell, "rules")
-        loop.add_signal_handler(signal.SIGUSR1, supervisor.tell, "kill")
+        loop.add_signal_handler(signal.SIGUSR1, supervisor.pull)
         loop.add_signal_handler(signal.SIGUSR2, supervisor.reload)
         running = Running(supervisor.addresses, f"{host}:{admin.port}", os.getpid())
         running.write(settings.state)

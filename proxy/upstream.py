@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -55,7 +55,8 @@ class Refused(Exception):
 
 
 class Upstream:
-    """Turns a host and port into the addresses that may be dialled for it."""
+    """Turns a host and port into the addresses that may be dialled for it. `own` tells the listeners of this proxy and
+    the servers of its store, by name or by address: nothing may lead a sandbox there."""
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class Upstream:
             raise Refused(Reason.PRIVATE_ADDRESS)
         to_host, to_port = parent.endpoint
         found = [to_host.ip] if to_host.ip else await self._resolve(to_host.name)
-        if not found or any(self._is_own(address, to_port) for address in found):
+        if not found or await self._leads_to_us(found, to_port):
             raise Refused(Reason.UPSTREAM_UNREACHABLE)
         return Route([(str(address), to_port) for address in found], parent, host, port)
 
@@ -100,7 +101,7 @@ class Upstream:
             raise Refused(Reason.UPSTREAM_UNREACHABLE)
         if not written and not all(self._may_dial(address, private) for address in found):
             raise Refused(Reason.PRIVATE_ADDRESS)
-        if any(self._is_own(address, to_port) for address in found):
+        if await self._leads_to_us(found, to_port):
             raise Refused(Reason.PRIVATE_ADDRESS)
         return [(str(address), to_port) for address in found]
 
@@ -111,22 +112,25 @@ class Upstream:
     def _is_allowed(self, address: Address | None) -> bool:
         return address is not None and any(address in network for network in self.allow_addresses)
 
-    def _is_own(self, address: Address, port: int) -> bool:
-        hosts = {ip_literal(host) for host, own_port in self.own() if own_port == port}
-        if not hosts:
+    async def _leads_to_us(self, found: Sequence[Address], port: int) -> bool:
+        """Whether one of these is ours. A server on an address of this host may listen on all of them."""
+        ours: set[Address] = set()
+        for name, own_port in self.own():
+            if own_port == port:
+                ip = ip_literal(name)
+                ours.update([unmapped(ip)] if ip else await self._found(self._system(name)))
+        if not ours:
             return False
-        everywhere = any(own is None or own.is_unspecified for own in hosts)
-        return (
-            address.is_loopback
-            or address.is_unspecified  # Linux connects that to loopback
-            or address in hosts
-            or (everywhere and _is_local(address))
-        )
+        here = any(address.is_unspecified or _is_local(address) for address in ours)
+        return any(address in ours or (here and _is_here(address)) for address in found)
 
     async def _resolve(self, name: str) -> list[Address]:
+        return await self._found(self._ask(name) if self._resolver else self._system(name))
+
+    async def _found(self, asked: Coroutine[Any, Any, list[str]]) -> list[Address]:
         try:
             async with asyncio.timeout(RESOLVE_TIMEOUT):
-                answers = await (self._ask(name) if self._resolver else self._system(name))
+                answers = await asked
         except (TimeoutError, dns.exception.Timeout):
             raise Refused(Reason.UPSTREAM_TIMEOUT) from None
         except (OSError, UnicodeError, dns.exception.DNSException):
@@ -149,6 +153,11 @@ class Upstream:
     def close(self) -> None:
         """Give up look-ups that are under way."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _is_here(address: Address) -> bool:
+    """Whether a connect to `address` stays on this host; Linux connects the unspecified one to loopback."""
+    return address.is_loopback or address.is_unspecified or _is_local(address)
 
 
 def _is_local(address: Address) -> bool:

@@ -33,6 +33,7 @@ class _Orders:
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     hurry: asyncio.Event = field(default_factory=asyncio.Event)
     patience: float = DRAIN
+    stopped: bool = False
     elsewhere: dict[str, int] = field(default_factory=dict)  # connections by agent, of the other workers
 
 
@@ -63,6 +64,8 @@ async def _serve(task: Task, link: Link, orders: _Orders, runtimes: list[Runtime
         sink = AuditPipe(socket.socket(fileno=task.audit))
         runtime = await Runtime.start(task.settings, os.environ, sink)
         runtimes.append(runtime)
+        if task.stopped or orders.stopped:
+            runtime.kill_switch.pull()
         ending.push_async_callback(runtime.stop)
         runtime.own.update(task.own)
         server = Server(runtime)
@@ -113,6 +116,7 @@ async def _follow(link: Link, orders: _Orders, runtimes: list[Runtime]) -> None:
                 orders.elsewhere.clear()
                 orders.elsewhere.update(data)
             case "kill":
+                orders.stopped = True
                 for runtime in runtimes:
                     runtime.kill_switch.pull()
             case "rules":

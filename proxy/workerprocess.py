@@ -22,7 +22,7 @@ from proxy.settings import Settings
 @dataclass(frozen=True, slots=True)
 class Task:
     """What a worker is asked for. Sockets are told as inherited descriptors; `own` are addresses of ours that must
-    never be an upstream."""
+    never be an upstream; `stopped`: it begins with every agent stopped."""
 
     number: int
     settings: Settings
@@ -30,6 +30,7 @@ class Task:
     own: tuple[tuple[str, int], ...]
     link: int
     audit: int
+    stopped: bool = False
 
 
 class WorkerProcess:
@@ -55,13 +56,15 @@ class WorkerProcess:
         listening: Sequence[Sequence[socket.socket]],
         own: Sequence[tuple[str, int]],
         take_audit: Callable[[socket.socket], None],
+        *,
+        stopped: bool = False,
     ) -> Self:
         """Spawn one. Its audit lines come by the socket that `take_audit` gets."""
         pairs = [socket.socketpair(), socket.socketpair()]
         (link, their_link), (audit, their_audit) = pairs
         try:
             numbers = tuple(tuple(sock.fileno() for sock in sockets) for sockets in listening)
-            task = Task(number, settings, numbers, tuple(own), their_link.fileno(), their_audit.fileno())
+            task = Task(number, settings, numbers, tuple(own), their_link.fileno(), their_audit.fileno(), stopped)
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", "proxy.worker"),
                 stdin=asyncio.subprocess.PIPE,

@@ -395,7 +395,7 @@ TEETH: tuple[Tooth, ...] = (
     Tooth(
         "itself",
         "upstream.py",
-        "if any(self._is_own(address, to_port) for address in found):",
+        "if await self._leads_to_us(found, to_port):",
         "if False:",
         "test_addresses.py -k itself",
     ),

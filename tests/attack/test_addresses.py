@@ -9,11 +9,13 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.harness import PATIENCE, Connection, Proxy, Response, Upstream, refused, wait_for
 from tests.nameserver import Nameserver
+from tests.storage import RemoteStore
 
 
 class Trap:
@@ -260,6 +262,19 @@ def test_the_proxy_is_no_way_to_itself(loopback: Proxy, nameserver: Nameserver, 
     for _, port in (*loopback.listeners, loopback.admin.split(":")):
         refused(ask(loopback, f"http://{host}:{port}/metrics"), "private_address")
         refused(ask_in_tunnel(loopback, host, int(port)), "private_address")
+
+
+def test_the_store_is_no_upstream(make_proxy: Callable[..., Proxy], lane: str, tmp_path: Path) -> None:
+    """It may be in a network that rules are to reach, and it takes commands from who speaks HTTP to it."""
+    with RemoteStore(tmp_path) as store:
+        store.start()
+        upstream = {"allow_addresses": ["127.0.0.0/8", "::1/128"]}
+        store_too = rules(store.port)
+        proxy = make_proxy(store_too, lane=lane, store=f"redis://localhost:{store.port}", upstream=upstream)
+        proxy.agent()
+        for host in ("127.0.0.1", "127.0.0.2", "localhost", "[::ffff:127.0.0.1]"):
+            refused(ask(proxy, f"http://{host}:{store.port}/"), "private_address")
+            refused(ask_in_tunnel(proxy, host, store.port), "private_address")
 
 
 def kept(proxy: Proxy, name: str, port: int) -> tuple[Connection, Callable[[], Response]]:

@@ -381,6 +381,7 @@ def test_a_cluster_is_the_same_code(tmp_path: Path) -> None:
             admin.execute_command("CLUSTER ADDSLOTSRANGE 0 16383")
             wait_until(lambda: admin.execute_command("CLUSTER INFO")["cluster_state"] == "ok")
         in_store(tmp_path, works, f"redis+cluster://127.0.0.1:1,127.0.0.1:{port}")
+        in_store(tmp_path, met_at("127.0.0.1", port), f"redis+cluster://localhost:{port}")
 
 
 def test_a_store_behind_sentinels_is_the_same_code(tmp_path: Path) -> None:
@@ -389,3 +390,35 @@ def test_a_store_behind_sentinels_is_the_same_code(tmp_path: Path) -> None:
         config.write_text(f"sentinel monitor main 127.0.0.1 {port} 1\n")
         with remote(tmp_path / "sentinel", str(config), "--sentinel") as sentinel:
             in_store(tmp_path, works, f"redis+sentinel://127.0.0.1:1,127.0.0.1:{sentinel}/main/0")
+            in_store(tmp_path, met_at("127.0.0.1", port), f"redis+sentinel://127.0.0.1:{sentinel}/main/0")
+
+
+def met_at(host: str, port: int) -> Callable[[Store], Awaitable[None]]:
+    """That a store tells this server among its own, once it was asked something."""
+
+    async def met(store: Store) -> None:
+        await store.ping()
+        assert (host, port) in store.servers()
+
+    return met
+
+
+@pytest.mark.parametrize(
+    ("url", "servers"),
+    [
+        ("embedded", set()),
+        ("redis://user:p%40ss@10.0.0.5:7000/2", {("10.0.0.5", 7000)}),
+        ("rediss://store.internal", {("store.internal", 6379)}),
+        ("redis://[fd00::5]", {("fd00::5", 6379)}),
+        ("redis+sentinel://a.test,b.test:7/main", {("a.test", 26379), ("b.test", 7)}),
+        ("redis+cluster://a.test,[fd00::5]:7", {("a.test", 6379), ("fd00::5", 7)}),
+    ],
+)
+def test_a_store_tells_where_it_is(tmp_path: Path, url: str, servers: set[tuple[str, int]]) -> None:
+    """Before it was ever reached, too."""
+
+    async def told() -> set[tuple[str, int]]:
+        async with await Store.open(url, tmp_path, wait=False) as store:
+            return store.servers()
+
+    assert asyncio.run(told()) == servers

@@ -193,6 +193,7 @@ def test_a_name_the_operator_wrote_is_resolved_and_checked(nameserver: Endpoint)
         ("127.0.0.1", "[::1]:9090"),
         ("127.0.0.1", "0.0.0.0:9090"),
         ("127.0.0.1", "[::]:9090"),
+        ("127.0.0.1", "127.0.0.3:9090"),
         ("10.0.0.5", "10.0.0.5:9090"),
         ("10.0.0.5", "[::ffff:10.0.0.5]:9090"),
         ("0.0.0.0", "127.0.0.1:9090"),
@@ -207,6 +208,35 @@ def test_nothing_leads_to_the_proxy_itself(own: str, target: str) -> None:
     assert ask("a.test:443", connect_to={"a.test:443": target}, own=[(own, 9090)]) is Reason.PRIVATE_ADDRESS
     other = ask(target.replace("9090", "9091"), allow=everything, own=[(own, 9090)])
     assert isinstance(other, list)
+
+
+@pytest.mark.parametrize("target", ["store.internal:6379", "10.0.0.5:6379", "[::ffff:10.0.0.5]:6379"])
+def test_a_store_that_is_known_by_name_is_no_upstream(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    """It speaks to whoever may connect, and a private network may be allowed."""
+
+    async def system(_: Upstream, name: str) -> list[str]:
+        return {"store.internal": ["10.0.0.5"]}[name]
+
+    monkeypatch.setattr(Upstream, "_system", system)
+    assert ask(target, allow=["10.0.0.0/8"], own=[("store.internal", 6379)]) is Reason.PRIVATE_ADDRESS
+    assert ask("10.0.0.6:6379", allow=["10.0.0.0/8"], own=[("store.internal", 6379)]) == [("10.0.0.6", 6379)]
+    assert ask("10.0.0.5:443", allow=["10.0.0.0/8"], own=[("store.internal", 6379)]) == [("10.0.0.5", 443)]
+
+
+def test_where_the_store_is_not_found_nothing_on_its_port_is_dialled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who answers there could be the store."""
+
+    async def unknown(_: Upstream, name: str) -> list[str]:
+        raise OSError(name)
+
+    monkeypatch.setattr(Upstream, "_system", unknown)
+    assert ask("8.8.8.8:6379", own=[("store.internal", 6379)]) is Reason.UPSTREAM_UNREACHABLE
+
+
+def test_a_store_elsewhere_leaves_this_host_alone() -> None:
+    """Another server may use the port here."""
+    allowed = ask("127.0.0.1:6379", allow=["127.0.0.0/8"], own=[("203.0.113.5", 6379)])
+    assert allowed == [("127.0.0.1", 6379)]
 
 
 def test_a_proxy_that_listens_everywhere_is_not_everywhere() -> None:

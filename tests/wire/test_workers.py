@@ -198,6 +198,23 @@ def test_the_signal_that_stops_everybody_reaches_every_worker(pair: Proxy, upstr
     assert upstream.seen == []
 
 
+def test_a_worker_that_starts_after_the_signal_stops_everybody_too(pair: Proxy, upstream: Upstream) -> None:
+    """Where no file can tell it so: the supervisor remembers."""
+    switch = pair.folder / ".sallyport" / "KILL"
+    switch.mkdir()  # no file can take its name, and what cannot be read stops everybody
+    assert pair.process
+    pair.process.send_signal(signal.SIGUSR1)
+    wait_for(lambda: pair.stderr_text().count("until a restart") == 3, "the supervisor and its workers")
+    switch.rmdir()
+    for number, process in processes(pair).items():
+        os.kill(process, signal.SIGKILL)
+        wait_for(lambda n=number, old=process: processes(pair).get(n, old) != old, "its successor")
+    for _ in range(8):
+        with contextlib.closing(pair.tunnel("api.test")) as client:
+            assert asks(client, "/") == 403
+    assert upstream.seen == []
+
+
 def test_a_kill_reaches_every_worker_within_a_second(pair: Proxy, upstream: Upstream) -> None:
     """New connections are refused, and those that are open on any of them are cut."""
     tunnels = on_every_worker(pair)
