@@ -11,6 +11,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mitmproxy import connection, http
@@ -25,13 +26,14 @@ from proxy import flow as flows
 from proxy.address import Host, parse_authority
 from proxy.agent import AgentState
 from proxy.arrival import Arrival
+from proxy.bodymatch import Body
 from proxy.ca import Leaf
 from proxy.clienthello import ClientHello, parse_client_hello
 from proxy.coding import Undecodable
 from proxy.exchange import Exchange
 from proxy.flow import FlowState, Tunnel, state_of
 from proxy.frames import FrameBudget
-from proxy.gateway import Gateway, Unready
+from proxy.gateway import BodyWanted, Gateway, Unready
 from proxy.guard import guarded, where
 from proxy.guesses import Guesses
 from proxy.http1 import CONSUMED_BODY
@@ -339,22 +341,56 @@ class Addon:
             self._decide(flow, peer, {})
         except Unready as missing:
             return self._prepare_and_decide(flow, peer, missing)
+        except BodyWanted:
+            return self._hold_body(flow, peer)
         except Refused as refused:
             self.refuse(flow, refused)
         return None
+
+    def _hold_body(self, flow: http.HTTPFlow, peer: Peer) -> Coroutine[Any, Any, None] | None:
+        """A rule must see the body: wait for it, or decide without where there is none or too much of it."""
+        state, headers, most = state_of(flow), flow.request.headers, self.runtime.settings.limits.buffer
+        length = headers.get("content-length")
+        if length is None and (flow.request.is_http2 or "transfer-encoding" in headers):
+            waits = True
+        else:
+            waits = 0 < int(length or 0) <= most
+            state.body = None if waits else Body(None if length and int(length) else b"")
+        if not waits:
+            return self._prepare_and_decide(flow, peer, None)
+        state.held = most, lambda: self.refuse(flow, Refused(Reason.BODY_TOO_LARGE))
+        flow.request.stream = False
+        return None
+
+    async def _decide_held(self, flow: http.HTTPFlow) -> None:
+        """The body that was waited for is here."""
+        state, peer = state_of(flow), self.peers[flow.client_conn.id]
+        assert state.held
+        raw, headers = flow.request.raw_content or b"", flow.request.headers
+        coding = ",".join(headers.get_all("content-encoding"))
+        state.body, state.held = Body(raw, coding, self.runtime.settings.limits.buffer), None
+        if headers.pop("transfer-encoding", None) or raw:
+            headers["content-length"], state.block = str(len(raw)), None
+        await self._prepare_and_decide(flow, peer, None)
+        if not flow.response:
+            flow.request.stream, flow.request.trailers = False, None
+            self._send_held(flow)
 
     async def _prepare_and_decide(self, flow: http.HTTPFlow, peer: Peer, missing: Unready | None) -> None:
         leases: dict[str, Lease] = {}
         exchange = state_of(flow).exchange
         assert exchange
         try:
-            while missing:
-                await self.gateway.prepare(missing, exchange, leases)
+            while True:
+                if missing:
+                    await self.gateway.prepare(missing, exchange, leases)
                 try:
-                    self._decide(flow, peer, leases)
-                    missing = None
+                    return self._decide(flow, peer, leases)
                 except Unready as still:
                     missing = still
+        except BodyWanted:  # the rules changed meanwhile
+            if (rest := self._hold_body(flow, peer)) is not None:
+                await rest
         except Refused as refused:
             self.refuse(flow, refused)
 
@@ -372,6 +408,8 @@ class Addon:
         if flow.error:  # mitmproxy's own checks, before the hook
             raise Refused(Reason.AMBIGUOUS_REQUEST, "its headers are malformed")
         _fill(exchange, view)
+        if state.body:
+            view = replace(view, body=state.body)
         assert identified.agent
         approved = self.gateway.approve(identified.agent, view, exchange, leases)
         if approved.body_limit:
@@ -484,31 +522,39 @@ class Addon:
             raise self.stop_body(flow, leaked) from None
 
     @guarded(_refuse_flow)
-    def request(self, flow: http.HTTPFlow) -> None:
-        """No request passes that was not decided; a held body gets its placeholders replaced."""
+    def request(self, flow: http.HTTPFlow) -> Coroutine[Any, Any, None] | None:
+        """No request passes that was not decided. What is returned has to be awaited first: it is decided now."""
         state = state_of(flow)
         if flow.response:
-            return
+            return None
+        if state.held:
+            return self._decide_held(flow)
         if not state.decided:
             raise RuntimeError("an undecided request")
         flow.request.trailers = None  # they were not decided, and HTTP/1 upstreams are sent none either
-        exchange = state.exchange
-        if exchange and not flow.request.stream:
-            body = flow.request.raw_content or b""
-            exchange.request_bytes += len(body)
-            if leaks := self._leak_stream(flow, state, "held"):
-                try:
-                    self._look_through(flow, leaks, body)
-                except Leaked as leaked:
-                    self.refuse(flow, leaked)
-                    return
-            if state.placeholders:
-                body, found = state.placeholders.replace(body)
-                flow.request.raw_content = body
-                flow.request.headers["content-length"] = str(len(body))
-                flows.note_body_injections(state, found)
-            if state.sign:
-                state.sign(body)
+        if not flow.request.stream:
+            self._send_held(flow)
+        return None
+
+    def _send_held(self, flow: http.HTTPFlow) -> None:
+        """A body that was held is looked through, and gets its placeholders replaced."""
+        state, exchange = state_of(flow), state_of(flow).exchange
+        assert exchange
+        body = flow.request.raw_content or b""
+        exchange.request_bytes += len(body)
+        if leaks := self._leak_stream(flow, state, "held"):
+            try:
+                self._look_through(flow, leaks, body)
+            except Leaked as leaked:
+                self.refuse(flow, leaked)
+                return
+        if state.placeholders:
+            body, found = state.placeholders.replace(body)
+            flow.request.raw_content = body
+            flow.request.headers["content-length"] = str(len(body))
+            flows.note_body_injections(state, found)
+        if state.sign:
+            state.sign(body)
 
     # Responses
 

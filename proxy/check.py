@@ -8,9 +8,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from proxy.agent import Agent, AgentState, parse_agent_id
+from proxy.bodymatch import Body
 from proxy.explain import explain, parse_url
 from proxy.masterkey import load_master_key
 from proxy.problem import Problem, Problems, UserError
@@ -128,9 +130,19 @@ def explain_request(settings: Settings, arguments: argparse.Namespace) -> int:
         agent = _agent(settings, parse_agent_id(arguments.agent), labels)
     except ValueError as error:
         raise UserError(f"--agent: {error}") from None
-    explanation = explain(policy, agent, view)
+    explanation = explain(policy, agent, replace(view, body=_body(arguments.data)))
     print(json.dumps(explanation.as_json()) if arguments.json else explanation.as_text())
     return 0
+
+
+def _body(data: str | None) -> Body:
+    """`--data`: the text itself, or what is in the file behind an @."""
+    if data is None or not data.startswith("@"):
+        return Body((data or "").encode(errors="surrogateescape"))
+    try:
+        return Body(Path(data[1:]).read_bytes())
+    except OSError as error:
+        raise UserError(f"--data {data}: {(error.strerror or 'cannot be read').lower()}") from None
 
 
 def _agent(settings: Settings, agent_id: str, labels: dict[str, str]) -> Agent:

@@ -110,6 +110,8 @@ def _why(missing: str, rule: Rule, agent: Agent, view: RequestView) -> str:
             return _path_why(rule, view)
         case "query" | "headers":
             return _values_why(missing, rule, view)
+        case "body":
+            return "its body does not fit" if view.body and not view.body.too_large else "its body cannot be seen"
     if rule.action is Verdict.BLOCK:
         return "it is no WebSocket"
     return f"it does not allow an upgrade to {view.upgrade}"

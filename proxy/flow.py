@@ -14,6 +14,7 @@ from mitmproxy.net.http import http1
 from wsproto.events import CloseConnection, Event, Ping, Pong
 
 from proxy.address import Host, parse_authority
+from proxy.bodymatch import Body
 from proxy.coding import Undecodable, narrow_accept_encoding
 from proxy.exchange import Exchange, Injected
 from proxy.framing import HeaderBlock
@@ -78,6 +79,8 @@ class FlowState:
     block: HeaderBlock | None = None  # where the fast lane read it
     whole: bytes | None = None  # the body of the response, where all of it came with the head
     guarded: tuple[RequestView, bool] | None = None  # where to, and whether keys are looked for by their form
+    held: tuple[int, Callable[[], None]] | None = None  # a body for a rule: bytes at most, and what refuses more
+    body: Body | None = None  # as a rule sees it
     may_send: Callable[[bytes], bool] = lambda _: False  # on a WebSocket
     close: bool = False  # the client wants the connection closed (RFC 9112 section 9.6)
     http10: bool = False

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from proxy.agent import Agent
 from proxy.audit import Audit
+from proxy.bodymatch import Unseen
 from proxy.exchange import Exchange
 from proxy.limiter import Limiter
 from proxy.outbound import InjectionError, Outbound, inject
@@ -37,6 +38,10 @@ class Approved:
 
 class Unready(Exception):
     """Something must be asked of the store first; after `Gateway.prepare` it can be decided again."""
+
+
+class BodyWanted(Exception):
+    """A rule must see the request's body: decide again with one in the view."""
 
 
 class NotOpen(Unready):
@@ -70,7 +75,7 @@ class Gateway:
     ) -> Approved:
         """What is done with `view` for `agent`; fills in the exchange. `leases`: credentials opened for it.
 
-        Raises Refused, and Unready: call again after `prepare`, with the leases it gave.
+        Raises Refused; Unready: call again after `prepare`, with the leases it gave; BodyWanted.
         """
         started = time.perf_counter()
         try:
@@ -136,6 +141,11 @@ class Gateway:
 
     @staticmethod
     def _plan(policy: Policy, agent: Agent, view: RequestView, exchange: Exchange) -> Plan:
+        if policy.reads_bodies and view.body is None:
+            unseen = Unseen()
+            make_plan(policy, agent, replace(view, body=unseen))
+            if unseen.asked:
+                raise BodyWanted
         plan = make_plan(policy, agent, view)
         if rule := plan.rule:
             exchange.rule, exchange.rule_at = rule.name, rule.at

@@ -561,11 +561,14 @@ class Connection:
         await self._send_and_close(_own_bytes(response, head.method))
         return False
 
-    async def _read_all(self, body: Body) -> bytes:
-        """The whole body of a request."""
-        parts = []
+    async def _read_all(self, body: Body, most: int | None = None) -> Any:
+        """The whole body of a request; None if it has more than `most` bytes."""
+        parts, size = [], 0
         while not body.done:
             parts.append(body.take(self.buffer))
+            size += len(parts[-1])
+            if most is not None and size > most:
+                return None
             if not body.done:
                 data = await self.channel.recv(self.idle)
                 if not data:
@@ -595,8 +598,7 @@ class Connection:
             if flow.response:
                 return await self._refuse(flow, head, body)
         elif not flow.request.stream:
-            flow.request.raw_content = await self._read_all(body)
-            self.addon.request(flow)
+            await self._hold(flow, body)
             if flow.response:
                 return await self._refuse(flow, head, body)
             first = flow.request.raw_content or b""
@@ -633,6 +635,16 @@ class Connection:
         if not whole and not self.channel.closed:
             await self._send_and_close(b"")
         return keep and whole
+
+    async def _hold(self, flow: http.HTTPFlow, body: Body) -> None:
+        """Wait for the whole body, which the addon wants to see."""
+        held = state_of(flow).held
+        flow.request.raw_content = await self._read_all(body, held[0] if held else None)
+        if held and flow.request.raw_content is None:
+            held[1]()
+        waits = self.addon.request(flow)
+        if waits is not None:
+            await Strand.finish(waits)
 
     def _framed(self, flow: http.HTTPFlow, data: bytes, chunked: bool, *, last: bool) -> bytes:
         """A part of the request's body as it goes out, after the addon's stream function saw it."""

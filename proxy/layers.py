@@ -143,6 +143,15 @@ class Stream(http_layers.HttpStream):
         if (yield from _until(super().handle_protocol_error(event), self._answered_error))[0]:
             yield from self._answer_failure()
 
+    def state_consume_request_body(self, event: Any) -> Generator:
+        """A body that is held, up to a bound."""
+        held = state_of(self.flow).held
+        if held and isinstance(event, RequestData) and len(self.request_body_buf) + len(event.data) > held[0]:
+            held[1]()
+            yield from self._answer_now()
+        else:
+            yield from super().state_consume_request_body(event)
+
     def state_stream_request_body(self, event: Any) -> Generator:
         """A body that is refused in the middle ends for its upstream, and is answered where no answer has begun."""
         try:

@@ -88,4 +88,5 @@ def make_plan(policy: Policy, agent: Agent, view: RequestView) -> Plan:
         views.append(view)
         if not rule.rewrite.destination:
             again = decide(policy, agent, view)
-            return Plan(again if again.reason is Reason.BLOCKED else first, tuple(views), tuple(rules))
+            blocked = again.rule is not None and again.rule.action is Verdict.BLOCK
+            return Plan(again if blocked else first, tuple(views), tuple(rules))

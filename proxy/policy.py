@@ -11,6 +11,7 @@ import re2
 
 from proxy.address import Host, HostPattern
 from proxy.agent import Agent, AgentState
+from proxy.bodymatch import Conditions
 from proxy.pattern import Glob, any_glob
 from proxy.reason import Reason
 from proxy.request import DEFAULT_PORTS, RequestView
@@ -69,6 +70,7 @@ class Match:
     path_regex: re2._Regexp | None = None
     query: tuple[tuple[str, tuple[Glob, ...]], ...] = ()
     headers: tuple[tuple[str, tuple[Glob, ...]], ...] = ()
+    body: Conditions = ()
 
     def port_matches(self, view: RequestView) -> bool:
         """Whether the port condition is met."""
@@ -190,19 +192,33 @@ class Rule:
         every = all if self.action is Verdict.ALLOW else any
         if (match.paths or match.path_regex) and not every(map(match.path_matches, view.readings)):
             return "path"
-        for name, globs in match.query:
+        if (match.query or match.headers) and (missing := self._values_unmet(view)):
+            return missing
+        if self.action is Verdict.BLOCK:
+            upgrade_unmet = match.websocket and view.upgrade != "websocket"
+        else:
+            upgrade_unmet = bool(view.upgrade) and not (match.websocket and view.upgrade == "websocket")
+        if upgrade_unmet:
+            return "websocket"
+        return "body" if match.body and not self._body_matches(view) else ""
+
+    def _values_unmet(self, view: RequestView) -> str:
+        for name, globs in self.match.query:
             if not self.values_match(globs, view.query_values(name)):
                 return "query"
-        for name, globs in match.headers:
+        for name, globs in self.match.headers:
             if not self.values_match(globs, view.header_values(name)):
                 return "headers"
-        if self.action is Verdict.BLOCK:
-            return "websocket" if match.websocket and view.upgrade != "websocket" else ""
-        return "websocket" if view.upgrade and not (match.websocket and view.upgrade == "websocket") else ""
+        return ""
 
     def _overridden(self, view: RequestView) -> bool:
         """The same for a request that may be another method to its origin: never allowed where methods are named."""
         return self.action is Verdict.BLOCK and not self.match.methods.isdisjoint({view.method, *view.overrides})
+
+    def _body_matches(self, view: RequestView) -> bool:
+        """What cannot be evaluated makes an allow rule not match and a block rule match."""
+        allow = self.action is Verdict.ALLOW
+        return view.body.meets(self.match.body, every=allow) if view.body else not allow
 
     def url_limit(self, view: RequestView) -> str:
         """Which limit a URL goes over, or an empty text: names and queries can carry data out."""
@@ -254,7 +270,18 @@ class Decision:
 class Policy:
     """An immutable set of rules, indexed by host so that only rules which may name a host are asked about it."""
 
-    __slots__ = ("_anywhere", "_below", "_exact", "_naming", "_under", "digest", "passthrough", "rules", "tls_ports")
+    __slots__ = (
+        "_anywhere",
+        "_below",
+        "_exact",
+        "_naming",
+        "_under",
+        "digest",
+        "passthrough",
+        "reads_bodies",
+        "rules",
+        "tls_ports",
+    )
 
     def __init__(self, rules: Iterable[Rule], digest: str = "") -> None:
         self.rules = tuple(rules)
@@ -263,6 +290,7 @@ class Policy:
             *(rule.match.ports for rule in self.rules if "https" in rule.match.schemes)
         )
         self.passthrough = any(rule.passthrough for rule in self.rules)
+        self.reads_bodies = any(rule.match.body for rule in self.rules)
         self._exact: dict[str, list[int]] = {}
         self._under: dict[str, list[int]] = {}  # one label below
         self._below: dict[str, list[int]] = {}  # any depth below
@@ -305,18 +333,22 @@ def decide(policy: Policy, agent: Agent, view: RequestView) -> Decision:
     if view.method in NEVER_FORWARDED:
         return Decision(reason=Reason.PROTOCOL_NOT_ALLOWED, detail=f"{view.method} is never forwarded.")
     allowed, upgrade_refused = None, False
+    too_large = view.body is not None and view.body.too_large
+    unseen = False  # what a rule had to see of the body
     for rule in policy.candidates(view.host):
         if rule.action is Verdict.ALLOW and allowed:
             continue
         missing = rule.unmet(agent, view)
         if missing:
             upgrade_refused |= missing == "websocket" and rule.action is Verdict.ALLOW
+            unseen |= missing == "body" and too_large
         elif rule.action is Verdict.BLOCK:
-            return Decision(reason=Reason.BLOCKED, rule=rule)
+            reason = Reason.BODY_TOO_LARGE if too_large and rule.match.body else Reason.BLOCKED
+            return Decision(reason=reason, rule=rule)
         else:
             allowed = rule
     if allowed:
         return Decision(Verdict.ALLOW, Reason.ALLOWED, allowed)
     if upgrade_refused:
         return Decision(reason=Reason.PROTOCOL_NOT_ALLOWED, detail=f"No rule allows an upgrade to {view.upgrade}.")
-    return Decision(reason=Reason.NO_RULE)
+    return Decision(reason=Reason.BODY_TOO_LARGE if unseen else Reason.NO_RULE)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from urllib.parse import parse_qsl, unquote_to_bytes
 
 from proxy.address import Host
+from proxy.bodymatch import Body
 
 DEFAULT_PORTS = {"https": 443, "http": 80}
 MAX_PATH = 8192  # bytes; RFC 9110 section 4.1 asks for 8000
@@ -82,6 +83,7 @@ class RequestView:
     upgrade: str = ""
     readings: tuple[str, ...] = ("/",)
     overrides: frozenset[str] = frozenset()
+    body: Body | None = field(default=None, compare=False)  # for rules that look at it; None: nobody has
 
     @staticmethod
     def parse(
@@ -236,10 +238,10 @@ class HeaderFacts:
             raise Ambiguous("a header value holds a control character")
         kept: list[Field] = []
         hosts, upgrade, options, overrides = [], [], [], frozenset[str]()
-        for field in headers:
-            name, value = field
+        for entry in headers:
+            name, value = entry
             if fate := _fate(name):
-                kept.append(field)
+                kept.append(entry)
                 if fate == _KEPT_OVERRIDE:
                     overrides |= _methods_in(value.decode("latin-1"))
                 elif fate == _KEPT_AUTHORIZATION and _OF_CONNECTION.match(value):
@@ -253,7 +255,7 @@ class HeaderFacts:
                 case b"upgrade":
                     upgrade.append(value)
         if listed := frozenset[bytes]().union(*map(_listed, options)):
-            kept = [field for field in kept if fold(field[0]) not in listed]
+            kept = [entry for entry in kept if fold(entry[0]) not in listed]
         said = [token.strip() for value in options for token in value.lower().split(b",")]
         return HeaderFacts(
             tuple(kept),

@@ -30,7 +30,7 @@ from proxy.rulerisk import unknown_credentials, warnings
 from proxy.validation import validate
 from proxy.yamltree import Step, Tree, load
 
-_FREE_TEXT = frozenset({"labels", "query", "headers"})  # whose values are text even where YAML sees a number
+_FREE_TEXT = frozenset({"labels", "query", "headers", "json"})  # whose values are text even where YAML sees a number
 _PLAIN = re.compile(r"[^\s,\]}*&!'\"][^\s,\]}]*")
 _BODILESS = frozenset({204, 205, 304})  # RFC 9110 sections 15.3.5, 15.3.6 and 15.4.5
 
@@ -239,6 +239,7 @@ def _match(fields: MatchFields, *, allow: bool) -> Match:
         fields.path_regex,
         tuple(fields.query.items()),
         tuple(fields.headers.items()),
+        tuple(fields.body.json_.items()) if fields.body else (),
     )
 
 

@@ -16,11 +16,11 @@ from pydantic import GetJsonSchemaHandler as JsonHandler
 from pydantic_core import CoreSchema, core_schema
 
 from proxy.address import Host, HostPattern
+from proxy.bodymatch import parse_pointer
 from proxy.pattern import Glob, text_glob
 from proxy.quantity import parse_rate, parse_size
 from proxy.rulefield import (
     INJECT_KINDS,
-    LATER,
     parse_agent_glob,
     parse_credential,
     parse_header_name,
@@ -38,13 +38,6 @@ from proxy.rulefield import (
     parse_text,
     parse_version,
 )
-
-
-def _unavailable(what: str) -> PlainValidator:
-    def refuse(_: object) -> None:
-        raise ValueError(f"{what} {LATER}", "remove it: a rule without it means something else")
-
-    return PlainValidator(refuse, json_schema_input_type=Literal[LATER])
 
 
 def _from(parse: Callable[[Any], object], written: Any = str) -> PlainValidator:
@@ -103,6 +96,13 @@ _AgentItem = Annotated[
 ]
 
 
+class BodyFields(_Model):
+    """Conditions on the body."""
+
+    json_: Annotated[dict[Annotated[tuple[str, ...], _from(parse_pointer)], _Globs], _SOME] = Field(alias="json")
+    """JSON pointer (RFC 6901) -> value: what stands there must match, `*` is any text."""
+
+
 class MatchFields(_Model):
     """The conditions; all must be met."""
 
@@ -127,8 +127,8 @@ class MatchFields(_Model):
         BeforeValidator(_distinct, json_schema_input_type=dict[str, _SCALAR | list[_SCALAR]]),
     ] = {}
     """Header -> value: every value it has must match, `*` is any text."""
-    body: Annotated[None, _unavailable("body conditions are")] = None
-    """Not available in this version."""
+    body: BodyFields = Field(default=None)  # type: ignore[assignment]  # null is refused where it is written
+    """What the body must hold. A request for such a rule is held until its body is here."""
 
 
 class HeaderEdit(_Model):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 from proxy.agent import Agent, AgentState, parse_agent_id
+from proxy.bodymatch import Body
 from proxy.explain import injections
 from proxy.plan import plan_of_client
 from proxy.policy import Policy
@@ -67,6 +69,8 @@ class Request(_Model):
     url: _Url
     headers: dict[Annotated[str, PlainValidator(parse_token, json_schema_input_type=str)], _Value] = {}
     websocket: bool = False
+    body: str | dict[str, Any] | list[Any] = ""
+    """Text as it is sent, or anything else as JSON."""
 
 
 class Expect(_Model):
@@ -198,7 +202,8 @@ def _ask(policy: Policy, request: Request) -> _Outcome:
         view = parse_url(request.method, request.url, (*request.headers.items(), *(_UPGRADE * request.websocket)))
     except Ambiguous:
         return _Outcome()
-    plan = plan_of_client(policy, agent, view)
+    body = request.body if isinstance(request.body, str) else json.dumps(request.body)
+    plan = plan_of_client(policy, agent, replace(view, body=Body(body.encode())))
     decision = plan.decision
     name, at = (plan.rule.name, plan.rule.at) if plan.rule else (None, "")
     if not decision.allowed:

@@ -309,6 +309,13 @@ TEETH: tuple[Tooth, ...] = (
         "test_channels.py -k labels",
     ),
     Tooth(
+        "body-names-given-twice",
+        "bodymatch.py",
+        "    if len(found) != len(pairs):\n",
+        "    if False:\n",
+        "test_bodies.py -k read_in_two_ways",
+    ),
+    Tooth(
         "resolvers",
         "policy.py",
         "        if name in DNS_OVER_HTTPS:\n",

@@ -16,8 +16,8 @@ from tests.storage import ROOT
 LAYERS = {
     0: "problem reason secret",
     1: (
-        "address agent agenttoken auditchain clienthello coding exchange forms frames framing http1 pattern proof "
-        "request series strangers url"
+        "address agent agenttoken auditchain bodymatch clienthello coding exchange forms frames framing http1 "
+        "pattern proof request series strangers url"
     ),
     2: "claims grant keyformats leak policy redact sigv4",
     3: (

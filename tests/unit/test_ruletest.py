@@ -19,6 +19,7 @@ rules:
   - {name: socket, match: {host: ws.test, websocket: true}, action: allow}
   - {name: old, match: {host: old.test}, action: allow, rewrite: {url: {host: x.test}}}
   - {name: mock, match: {host: mock.test}, action: allow, respond: {status: 418}}
+  - {name: model, match: {host: ai.test, body: {json: {/model: [s, 007]}}}, action: allow}
 """
 
 
@@ -38,6 +39,11 @@ def run(policy: Policy, request: str, expect: str) -> str:
     [
         ('agent: coder-1, url: "https://x.test/"', "verdict: allow, rule: read, reason: allowed, inject: [k]"),
         ('agent: coder-1, url: "https://x.test/"', "verdict: allow, inject: k"),
+        ('agent: a, url: "https://ai.test/", body: {model: s}', "verdict: allow, rule: model"),
+        ('agent: a, url: "https://ai.test/", body: \'{"model": "007"}\'', "verdict: allow, rule: model"),
+        ('agent: a, url: "https://ai.test/", body: {model: b}', "verdict: block, reason: no_rule"),
+        ('agent: a, url: "https://ai.test/", body: [s]', "verdict: block, reason: no_rule"),
+        ('agent: a, url: "https://ai.test/"', "verdict: block, reason: no_rule"),
         ('agent: bob, labels: {team: pay}, method: HEAD, url: "https://x.test/"', "verdict: allow"),
         ('agent: bob, url: "https://x.test/"', "verdict: block, reason: no_rule, rule: null, inject: [], status: 403"),
         ('agent: coder-1, url: "https://x.test/wall"', "verdict: block, reason: blocked, rule: wall"),
