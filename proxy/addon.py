@@ -408,8 +408,6 @@ class Addon:
         if flow.error:  # mitmproxy's own checks, before the hook
             raise Refused(Reason.AMBIGUOUS_REQUEST, "its headers are malformed")
         _fill(exchange, view)
-        if state.body:
-            view = replace(view, body=state.body)
         assert identified.agent
         approved = self.gateway.approve(identified.agent, view, exchange, leases)
         if approved.body_limit:
@@ -893,9 +891,11 @@ class Addon:
         try:
             if peer.redirected and not peer.tunnel:
                 name_target(flow, peer.redirected)
-            return flows.view_of(flow, peer.tunnel)
+            view = flows.view_of(flow, peer.tunnel)
         except Ambiguous as error:
             raise Refused(Reason.AMBIGUOUS_REQUEST, str(error)) from None
+        body = state_of(flow).body
+        return replace(view, body=body) if body else view
 
     def _redactor(self, view: RequestView, sent: tuple[tuple[str, bytes], ...]) -> Replacer | None:
         """What must not come back: what was sent now, and whatever else is open that this host may know."""
