@@ -151,6 +151,14 @@ class Body:
             return data
         return b"".join(self._chunks(buffer))
 
+    def whole(self, data: bytes) -> bool:
+        """Whether `data`, behind all that was taken, is payload to its end; it is taken then."""
+        if self._state == "fixed" and len(data) <= self._left:
+            self._left -= len(data)
+            self.done = not self._left
+            return True
+        return self._state == "open"
+
     def end(self) -> None:
         """The connection ended here. Raises BadMessage if the message did not."""
         if self._state == "open":

@@ -790,12 +790,12 @@ class Connection:
             if out:
                 await self.channel.send(b"".join(out), self.idle)
                 out.clear()
-            more = await upstream.channel.recv_more(self.idle)
-            if more:
-                upstream.buffer += more
-            else:
+            data = await upstream.channel.recv_more(self.idle)
+            if not data:
                 body.end()
-            data = body.take(upstream.buffer) if not body.done else b""
+            elif upstream.buffer or not body.whole(data):
+                upstream.buffer += data
+                data = body.take(upstream.buffer)
         if chunked:
             out.append(LAST_CHUNK)
         try:

@@ -167,7 +167,7 @@ class Channel:
             await self.wait(READ, seconds)
         while True:
             try:
-                return self._recv(CHUNK)
+                return self._recv(CHUNK if self._pending is None else RECORD)
             except _BLOCKED_READ:
                 await self.wait(READ, seconds)
             except ssl.SSLWantWriteError:
@@ -192,7 +192,7 @@ class Channel:
         parts, size = [data], len(data)
         try:
             while size < CHUNK and data:
-                data = self._recv(CHUNK)
+                data = self._recv(RECORD)
                 parts.append(data)
                 size += len(data)
         except (*_BLOCKED_READ, OSError):

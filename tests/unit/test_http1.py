@@ -367,3 +367,17 @@ def test_sloppy_line_ends_of_a_response_are_mended(raw: bytes, value: bytes) -> 
     assert head
     assert head.headers == ((b"a", value),)
     assert bytes(buffer) == b"rest"
+
+
+@pytest.mark.parametrize(
+    ("length", "data", "whole", "done"),
+    [(3, b"ab", True, False), (2, b"ab", True, True), (1, b"ab", False, False), (-1, b"ab", True, False)],
+)
+def test_payload_to_its_end_needs_no_buffer(length: int, data: bytes, whole: bool, done: bool) -> None:
+    body = Body(length)
+    assert body.whole(data) == whole
+    assert body.done == done
+
+
+def test_chunks_are_never_payload_to_their_end() -> None:
+    assert not Body(None).whole(b"1\r\na\r\n")
