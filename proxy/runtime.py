@@ -25,6 +25,8 @@ from proxy.follow import Follower
 from proxy.gateway import Gateway
 from proxy.gatewaykeys import GatewayKeys
 from proxy.identity import Identity, Issuer
+from proxy.jwks import KeySet
+from proxy.jwtidentity import JwtIssuer
 from proxy.killswitch import KillSwitch
 from proxy.leakguard import LeakGuard
 from proxy.limiter import Limiter
@@ -85,6 +87,9 @@ class Runtime:
         self.gateway = Gateway(lambda: self.rules.policy, self.clock)
         self.limiter = self.gateway.limiter = Limiter(store, lambda: self.follower.up, time.monotonic)
         self.issuers: list[Issuer] = []
+        self._keys = KeySet(settings.identity.jwt) if settings.identity.jwt else None
+        if settings.identity.jwt and self._keys:
+            self.issuers.append(JwtIssuer(settings.identity.jwt, self._keys))
         self.identity = Identity(
             self.registry,
             token=settings.identity.token,
@@ -129,6 +134,9 @@ class Runtime:
         except StoreUnavailable as error:
             _log.error("%s; requests are refused until it answers", error)
             self._spawn(self._retry_vault())
+        if self._keys:
+            await self._keys.load()
+            self._spawn(self._keys.run())
         await self.follower.poll()
         await self.rules.load()
         self._spawn(self.follower.run())

@@ -23,11 +23,11 @@ from proxy.settingvalue import (
     Listener,
     StoreUrl,
     distinct,
-    not_yet,
     parse_agent,
     parse_bind,
     parse_endpoint,
     parse_file,
+    parse_jwks,
     parse_listener,
     parse_nameserver,
     parse_network,
@@ -67,11 +67,12 @@ def _from(parse: typing.Callable[[object], object], written: Any = str) -> Any:
 
 
 _Duration = Annotated[float, BeforeValidator(parse_duration, json_schema_input_type=str)]
+# Only algorithms whose key is public: with a shared one, whoever can verify could sign (RFC 8725 section 3.1).
+_Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
 _Size = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=str | int)]
 _Path = Annotated[Path, _from(parse_path)]
 _Network = Annotated[IPv4Network | IPv6Network, _from(parse_network)]
 _Endpoint = Annotated[Endpoint, _from(parse_endpoint)]
-_NotYet = Annotated[None, _from(not_yet, None)]
 
 
 class BoundListener(BaseModel):
@@ -90,6 +91,24 @@ _Listener = Annotated[Listener, BeforeValidator(parse_listener, json_schema_inpu
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Jwt(_Section):
+    """Tokens of an identity provider. `agent` is the form of the claim that names the agent; `labels` are label: claim;
+    claims are names, or JSON pointers into the token. `ca` and `token_file` are for fetching the keys."""
+
+    jwks: Annotated[Path | str, _from(parse_jwks)]
+    issuer: Annotated[str, Field(min_length=1)]
+    audience: Annotated[str, Field(min_length=1)]
+    agent_claim: Annotated[str, Field(min_length=1)] = "sub"
+    agent: Annotated[AgentPattern | None, _from(parse_pattern, str | None)] = None
+    labels: dict[str, str] = Field(default_factory=dict)
+    on_behalf_of: str | None = None
+    algorithms: Annotated[tuple[_Algorithm, ...], Field(min_length=1)] = ("RS256", "ES256", "EdDSA")
+    skew: _Duration = _spelt("30s")
+    refresh: Annotated[_Duration, AfterValidator(_positive)] = _spelt("5m")
+    ca: Annotated[Path, _from(parse_file)] | None = None
+    token_file: Annotated[Path, _from(parse_file)] | None = None
 
 
 class Mtls(_Section):
@@ -113,7 +132,7 @@ class Identity(_Section):
         dict[Annotated[int, _from(parse_uid)], Annotated[str, _from(parse_agent)]],
         BeforeValidator(distinct(parse_uid), json_schema_input_type=dict[str, str]),
     ] = _spelt({})
-    jwt: _NotYet = None
+    jwt: Jwt | None = None
     mtls: Mtls | None = None
 
 
@@ -178,7 +197,10 @@ class Settings(_Section):
 
 # A setting's default shows how a variable or flag spells it: text as it is, a list by commas, the rest as YAML.
 _PATHS = {("rules",), ("certs",), ("state",), ("upstream", "trust"), ("audit", "file")}
-_INNER_PATHS = {("identity", "mtls", "ca")}  # within a value that is null by default
+_INNER_PATHS = {
+    *(("identity", "mtls", "ca"), ("identity", "jwt", "jwks"), ("identity", "jwt", "ca")),
+    ("identity", "jwt", "token_file"),
+}  # within a value that is null by default
 
 
 def _leaves() -> dict[tuple[str, ...], Any]:
@@ -269,7 +291,7 @@ def _based(path: tuple[str, ...], value: Any, base: Path) -> Any:
 def _absolute(value: Any, base: Path) -> Any:
     if isinstance(value, list | tuple):
         return [_absolute(item, base) for item in value]
-    if not isinstance(value, str) or not value or value.startswith("{state}"):
+    if not isinstance(value, str) or not value or value.startswith("{state}") or "://" in value:
         return value
     return str(base / value)
 

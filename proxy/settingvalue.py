@@ -19,7 +19,6 @@ from proxy.yamltree import kind_of
 _STORES = ("redis", "rediss", "redis+sentinel", "redis+cluster")
 MAX_WORKERS = 256
 NOBODY = 65534  # what the kernel tells of a user who is not mapped into our user namespace
-_LATER = "not available in this version"
 
 
 class Endpoint(NamedTuple):
@@ -239,6 +238,20 @@ def parse_network(value: object) -> IPv4Network | IPv6Network:
     raise ValueError(f'"{text}" has bits set outside its mask', f'write "{right}"')
 
 
+def parse_jwks(value: object) -> Path | str:
+    """A file that is there, or an https URL. Raises ValueError(message[, hint])."""
+    text = parse_text(value, "a file or a URL")
+    if "://" not in text:
+        path = parse_path(text)
+        if not path.is_file():
+            raise ValueError(f"no such file: {path}", "give a JWK Set, or its https:// URL")
+        return path
+    parts = urlsplit(text)
+    if parts.scheme != "https" or not parts.hostname or "@" in parts.netloc:
+        raise ValueError("the keys' URL must begin with https:// and hold no password", "or give a file")
+    return text
+
+
 def parse_pattern(value: object) -> AgentPattern | None:
     """A text with `{agent}` in it once, or nothing. Raises ValueError(message[, hint])."""
     return None if value is None else AgentPattern.parse(parse_text(value))
@@ -274,12 +287,6 @@ def distinct(parse: typing.Callable[[object], object]) -> typing.Callable[[objec
         return value
 
     return check
-
-
-def not_yet(value: object) -> None:
-    """Refuses anything but null, for a setting of a later version. Raises ValueError(message, hint)."""
-    if value is not None:
-        raise ValueError(_LATER, "remove it, or write null")
 
 
 def parse_workers(value: object) -> int:

@@ -26,9 +26,9 @@ LAYERS = {
     ),
     4: (
         "admin agentca arrival audit auditline auditlink ca canary certificate cpus embedded files follow gateway "
-        "gatewaykeys guard guesses identity killswitch leakguard limiter link listening masterkey metrics mtls "
-        "parent poller records redirect registry rollback rotation running sandboxenv settings settingvalue "
-        "snapshot store unixsocket upstream vault workerprocess"
+        "gatewaykeys guard guesses identity jwks jwtidentity killswitch leakguard limiter link listening masterkey "
+        "metrics mtls parent poller records redirect registry rollback rotation running sandboxenv settings "
+        "settingvalue snapshot store unixsocket upstream vault workerprocess"
     ),
     5: (
         "addon cut doors flow lane layers peer pool relay runtime server signing strict1 strict2 strictws "

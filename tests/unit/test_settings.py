@@ -258,7 +258,6 @@ _HOST_HINT = "\n    hint: write a host name or an IP address"
 _WORKER_WORDS, _WORKER_HINT = "expected a number of workers from 1 to 256, or auto", "\n    hint: write 2, or auto"
 _VIA = '\n    hint: write "http://user:password@proxy.example.com:3128"'
 _VIA_ESCAPES = f'{_VIA}; percent-encode "/?#@%" in the password'
-_NULL = "not available in this version\n    hint: remove it, or write null"
 _STORE_HINT = "\n    hint: write embedded, or redis://:password@host:6379/0"
 _STORE_WORDS = f'the store\'s URL is not well-formed{_STORE_HINT}; percent-encode "/?#@" in the password'
 _DURATION_HINT = '\n    hint: write a number and a unit: "500ms", "60s", "5m", "8h"'
@@ -362,7 +361,14 @@ _ID = "use 1 to 63 letters, digits, '.', '_' and '-', beginning with a letter or
             "identity: {networks: {'fc00::/7': a, 'FC00::/7': b}}",
             '1:22: "FC00::/7" is the same as "fc00::/7"\n    hint: remove one of them',
         ),
-        ("identity: {jwt: {jwks: x}}", f"1:17: {_NULL}"),
+        (
+            "identity: {jwt: {jwks: x, issuer: i, audience: a}}",
+            "1:24: no such file: TMP/x\n    hint: give a JWK Set, or its https:// URL",
+        ),
+        (
+            "identity: {jwt: {jwks: 'http://idp.test/keys', issuer: i, audience: a}}",
+            "1:24: the keys' URL must begin with https:// and hold no password\n    hint: or give a file",
+        ),
         ("identity: {mtls: {ca: x}}", "1:23: no such file: TMP/x\n    hint: give the path of a PEM file"),
         ("identity: {mtls: {}}", '1:18: missing field "ca"'),
         (

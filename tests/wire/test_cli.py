@@ -449,7 +449,7 @@ CONFIGS = [
     ("state: [a\n", ":2:1: ", "close the list"),
     ("\tstate: x", ":1:1: ", "indent with spaces"),
     ("state: a\nstate: b\n", ":2:1: ", "on line 1 already"),
-    ("identity: {jwt: {jwks: x}}", ":1:17: ", "not available in this version"),
+    ("identity: {jwt: {jwks: x}}", ":1:17: ", 'missing field "issuer"'),
     ("workers: many", ":1:10: ", "write 2, or auto"),
 ]
 

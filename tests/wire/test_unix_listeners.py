@@ -190,7 +190,7 @@ def test_several_workers_share_them(make_proxy: Make, lane: str, sockets: Path, 
     wait_for(own.exists)
     before = own.stat().st_ino
     assert ask(to(proxy, own), "/w").status == 200
-    assert ask(proxy.connect(1), "/w", proxy.auth("coder-1")).status == 200
+    wait_for(lambda: ask(proxy.connect(1), "/w", proxy.auth("coder-1")).status == 200)  # the other worker follows too
     proxy.cli("reload")
     wait_for(lambda: own.exists() and own.stat().st_ino != before)
     for _ in range(4):
