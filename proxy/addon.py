@@ -127,6 +127,7 @@ class Addon:
         self._replacers: dict[
             tuple[str, int, tuple[tuple[str, bytes], ...]], tuple[Mapping[str, Lease] | None, Replacer | None]
         ] = {}
+        self._replacer = functools.lru_cache(maxsize=64)(_replacer)
         self._frame_budget = functools.lru_cache(maxsize=4096)(lambda _agent: FrameBudget())
 
     # Connections
@@ -910,7 +911,7 @@ class Addon:
             secrets.setdefault(name, set()).add(value)
         if len(self._replacers) >= 256:
             self._replacers.clear()
-        replacer = secret_replacer(secrets) if secrets else None
+        replacer = self._replacer(tuple((name, frozenset(values)) for name, values in secrets.items()))
         self._replacers[key] = leased, replacer
         return replacer
 
@@ -932,6 +933,11 @@ class Addon:
         if state.answered and flow.response:
             exchange.response_bytes = len(flow.response.raw_content or b"")
         self.runtime.record(exchange)
+
+
+def _replacer(secrets: tuple[tuple[str, frozenset[bytes]], ...]) -> Replacer | None:
+    """One for all places that the same secrets go to."""
+    return secret_replacer(dict(secrets)) if secrets else None
 
 
 def _vouch(policy: Policy | None, identified: Identified, host: Host) -> None:

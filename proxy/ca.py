@@ -17,7 +17,18 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from proxy.address import Host
-from proxy.certificate import LEAF_LIFETIME, Clock, PrivateKey, key_pem, make_ca, make_leaf, new_key, pem, utc_now
+from proxy.certificate import (
+    LEAF_LIFETIME,
+    Clock,
+    PrivateKey,
+    key_pem,
+    leaves_of,
+    make_ca,
+    make_leaf,
+    new_key,
+    pem,
+    utc_now,
+)
 from proxy.problem import UserError
 
 MAX_LEAVES = 1000
@@ -26,16 +37,17 @@ CERTIFICATE, KEY = "ca.pem", "ca.key"
 
 @dataclass(frozen=True, eq=False)
 class Leaf:
-    """A certificate for one host, the key all leaves share, and what stands between it and older roots."""
+    """A certificate for one host, the key all leaves of a CA share, and what stands between it and older roots."""
 
     certificate: x509.Certificate
     key: PrivateKey
+    key_pem: bytes
     chain: tuple[x509.Certificate, ...] = ()
 
     @cached_property
     def pem(self) -> bytes:
         """Key and certificates, as the standard library's ssl loads them."""
-        return key_pem(self.key) + pem(self.certificate, *self.chain)
+        return self.key_pem + pem(self.certificate, *self.chain)
 
     @cached_property
     def renew(self) -> datetime.datetime:
@@ -44,8 +56,8 @@ class Leaf:
 
 
 class Authority:
-    """A CA and its bounded cache of leaves. `chain` is sent behind each leaf, `trusted` are the roots to hand out.
-    Where a rotation is under way it ends at `until`."""
+    """A CA and its bounded cache of leaves, which share a key. `chain` is sent behind each leaf, `trusted` are the
+    roots to hand out. Where a rotation is under way it ends at `until`."""
 
     def __init__(
         self,
@@ -65,6 +77,8 @@ class Authority:
         self.on_mint: Callable[[], None] = lambda: None
         self._clock = clock
         self._leaf_key = new_key()
+        self._leaf_key_pem = key_pem(self._leaf_key)
+        self._leaves_of = leaves_of(self._leaf_key, certificate)
         self._leaves: OrderedDict[Host, Leaf] = OrderedDict()
 
     @property
@@ -79,6 +93,7 @@ class Authority:
         self.chain, self.trusted = other.chain, other.trusted
         if not same:
             self._leaves.clear()
+            self._leaves_of = leaves_of(self._leaf_key, self.certificate)
         return not same
 
     def has(self, host: Host) -> bool:
@@ -89,8 +104,8 @@ class Authority:
         """The certificate to show for `host`."""
         leaf = self._leaves.get(host)
         if leaf is None or self._clock() >= leaf.renew:
-            certificate = make_leaf(host, self._leaf_key, self.certificate, self.key, self._clock())
-            leaf = self._leaves[host] = Leaf(certificate, self._leaf_key, self.chain)
+            certificate = make_leaf(host, self._leaves_of, self.key, self._clock())
+            leaf = self._leaves[host] = Leaf(certificate, self._leaf_key, self._leaf_key_pem, self.chain)
             self.on_mint()
             if len(self._leaves) > MAX_LEAVES:
                 self._leaves.popitem(last=False)

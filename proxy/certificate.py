@@ -78,22 +78,29 @@ def may_sign_a_ca(certificate: x509.Certificate) -> bool:
     return constraints.path_length is None or constraints.path_length > 0
 
 
+def leaves_of(key: PrivateKey, issuer: x509.Certificate) -> x509.CertificateBuilder:
+    """What is the same in all certificates for `key` that `issuer` signs."""
+    return (
+        _certificate(issuer.subject, key.public_key())
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(_key_usage(digital_signature=True), critical=True)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_issued_by(issuer), critical=False)
+    )
+
+
 def make_leaf(
-    host: Host, key: PrivateKey, issuer: x509.Certificate, issuer_key: PrivateKey, now: datetime.datetime
+    host: Host, leaves: x509.CertificateBuilder, issuer_key: PrivateKey, now: datetime.datetime
 ) -> x509.Certificate:
-    """A server's certificate for `host`, valid for a day."""
+    """A server's certificate for `host`, valid for a day; `leaves` is what the issuer's are made from."""
     name: x509.GeneralName = x509.IPAddress(host.ip) if host.ip else x509.DNSName(host.name)
     # An address as common name would be held against the DNS names its CA is limited to (RFC 6125 section 6.4.4).
     named = host.ip is None and len(host.name) <= MAX_COMMON_NAME
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host.name)] if named else [])
     return (
-        _builder(subject, issuer.subject, key.public_key(), now, now + LEAF_LIFETIME)
+        _dated(leaves.subject_name(subject), now, now + LEAF_LIFETIME)
         # RFC 5280 section 4.2.1.6: without a subject the alternative name is critical.
         .add_extension(x509.SubjectAlternativeName([name]), critical=not named)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(_key_usage(digital_signature=True), critical=True)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_issued_by(issuer), critical=False)
         .sign(issuer_key, hashes.SHA256())
     )
 
@@ -108,29 +115,26 @@ def _ca(
 ) -> x509.CertificateBuilder:
     public = key.public_key() if isinstance(key, ec.EllipticCurvePrivateKey) else key
     return (
-        _builder(subject, issuer, public, now, until)
+        _dated(_certificate(issuer, public).subject_name(subject), now, until)
         .add_extension(x509.BasicConstraints(ca=True, path_length=below), critical=True)
         .add_extension(_key_usage(key_cert_sign=True, crl_sign=True), critical=True)
     )
 
 
-def _builder(
-    subject: x509.Name,
-    issuer: x509.Name,
-    key: ec.EllipticCurvePublicKey,
-    now: datetime.datetime,
-    until: datetime.datetime,
-) -> x509.CertificateBuilder:
+def _certificate(issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
-        .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - BACKDATED)
-        .not_valid_after(until)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
+
+
+def _dated(
+    builder: x509.CertificateBuilder, now: datetime.datetime, until: datetime.datetime
+) -> x509.CertificateBuilder:
+    """Valid from now on, with a serial number of its own."""
+    return builder.serial_number(x509.random_serial_number()).not_valid_before(now - BACKDATED).not_valid_after(until)
 
 
 def _issued_by(issuer: x509.Certificate) -> x509.AuthorityKeyIdentifier:

@@ -72,13 +72,17 @@ def _after_fixed_part(body: bytes) -> bytes:
 
 def _extensions(data: bytes) -> ClientHello:
     found: dict[int, bytes] = {}
-    at = 0
-    while at < len(data):
-        kind = int.from_bytes(data[at : at + 2])
-        content, at = _vector(data, at + 2, 2)
+    at, size = 0, len(data)
+    while at < size:
+        start = at + 4
+        end = start + (data[at + 2] << 8 | data[at + 3]) if start <= size else start
+        if end > size:
+            raise ValueError("a length of the ClientHello is wrong")
+        kind = data[at] << 8 | data[at + 1]
         if kind in found:
             raise ValueError("the ClientHello has an extension twice")  # RFC 8446 section 4.2
-        found[kind] = content
+        found[kind] = data[start:end]
+        at = end
     name, protocols = found.get(_SERVER_NAME), found.get(_ALPN)
     return ClientHello(
         None if name is None else _host_name(_only_vector(name, 0, 2)),

@@ -9,10 +9,9 @@ import contextlib
 import logging
 import re
 import socket
-import ssl
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from random import getrandbits
 from typing import Any, Protocol
 
 from mitmproxy import http
@@ -22,8 +21,8 @@ from mitmproxy.proxy import mode_specs
 
 from proxy.addon import Addon
 from proxy.arrival import Arrival, Door
-from proxy.ca import MAX_LEAVES, Leaf
 from proxy.clienthello import MAX_HELLO, ClientHello, is_tls, parse_client_hello
+from proxy.contexts import Contexts
 from proxy.flow import STATE, FlowState, Tunnel, fast_headers, state_of
 from proxy.guard import where
 from proxy.http1 import (
@@ -49,8 +48,6 @@ from proxy.pool import CONNECT_TIMEOUT, Place, Pool, UpstreamConnection
 from proxy.reason import Reason
 from proxy.relay import Relay
 from proxy.runtime import Runtime
-from proxy.tls import CIPHERS
-from proxy.tlsdoor import load_leaf
 from proxy.upstream import Refused
 
 _log = logging.getLogger("sallyport")
@@ -65,6 +62,7 @@ _ORIGIN = re.compile(rb"[A-Z]+ /[^ \r\n]* HTTP/1\.1\r\n")  # to a transparent li
 _UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
 _ABSOLUTE = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)(.*)", re.DOTALL)
 _REGULAR = mode_specs.ProxyMode.parse("regular")
+_CLIENT = vars(Client(peername=("", 0), sockname=("", 0), state=ConnectionState.OPEN, proxy_mode=_REGULAR))
 _NOWHERE = Server(address=None)
 ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -93,33 +91,6 @@ class Failed(Exception):
         super().__init__(reason)
 
 
-class Contexts:
-    """A TLS context for each leaf, bounded: making one costs more than a handshake."""
-
-    def __init__(self) -> None:
-        self._contexts: OrderedDict[Leaf, ssl.SSLContext] = OrderedDict()
-
-    def get(self, leaf: Leaf) -> ssl.SSLContext:
-        """The context that shows `leaf`."""
-        context = self._contexts.get(leaf)
-        if context is None:
-            context = self._contexts[leaf] = _context(leaf)
-            if len(self._contexts) > MAX_LEAVES:
-                self._contexts.popitem(last=False)
-        self._contexts.move_to_end(leaf)
-        return context
-
-
-def _context(leaf: Leaf) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers(CIPHERS)
-    context.set_alpn_protocols(["http/1.1"])
-    context.num_tickets = 1
-    load_leaf(context, leaf)
-    return context
-
-
 class Lane:
     """Accepts on listening sockets and serves what it takes."""
 
@@ -142,6 +113,8 @@ class Lane:
     def listen(self, sock: socket.socket, door: Door | None = None) -> None:
         """Accept from a listening socket; `door` says who came in."""
         sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is accepted inherits it
         self._listening.append(sock)
         if door:
             self._doors[sock.fileno()] = door
@@ -150,7 +123,7 @@ class Lane:
     def _accept(self, listening: socket.socket) -> None:
         for _ in range(1 if self._shared else 64):
             try:
-                sock, _ = listening.accept()
+                sock, peer = listening.accept()
             except BlockingIOError:
                 return
             except OSError:  # out of descriptors: the backlog waits until some are free
@@ -159,8 +132,7 @@ class Lane:
             if self._doors and (door := self._doors.get(listening.fileno())):
                 self._accept_by(door, sock)
                 continue
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            Connection(self, sock).start()
+            Connection(self, sock, peer).start()
 
         if self._shared:
             self._pause(listening, ACCEPT_TURN)
@@ -182,7 +154,7 @@ class Lane:
 
     def enter(self, sock: socket.socket, arrival: Arrival) -> None:
         """Serve a connection that came in by another way than a listening socket of the lane's."""
-        Connection(self, sock, arrival).start()
+        Connection(self, sock, None, arrival).start()
 
     def forget(self, sock: socket.socket) -> None:
         """Accept on a listening socket no more, and close it."""
@@ -234,9 +206,13 @@ class Lane:
 class Connection:
     """One client connection in the lane."""
 
-    def __init__(self, lane: Lane, sock: socket.socket, arrival: Arrival | None = None) -> None:
+    def __init__(
+        self, lane: Lane, sock: socket.socket, peer: tuple[str, int] | None, arrival: Arrival | None = None
+    ) -> None:
         self.lane = lane
         self.arrival = arrival
+        self.peer = arrival.peername if arrival else peer
+        self.own = arrival.sockname if arrival else sock.getsockname()
         self.addon = lane.addon
         self.idle = lane.limits.idle
         self.channel = Channel(lane.poller, sock)
@@ -272,9 +248,9 @@ class Connection:
 
     async def _serve(self) -> None:
         arrival = self.arrival
-        listener = (arrival.listener if arrival else self.addon.listeners[self.channel.sock.getsockname()[1]]).address
+        listener = (arrival.listener if arrival else self.addon.listeners[self.own[1]]).address
         self.lane.strangers.add(self)
-        source = _source(self.channel)
+        source = _source(self.channel) if arrival or not self.peer else self.peer[0]
         self.addon.strangers.add(source, self, self.abort)
         self.lane.runtime.metrics.connection(listener, 1)  # who says nothing is counted too
         try:
@@ -307,7 +283,7 @@ class Connection:
             self.busy = False
 
     async def _takes(self) -> bool:
-        """Whether the connection begins with a request the lane understands, looking only."""
+        """Whether the connection begins with a request the lane understands: then its head is taken, else nothing."""
         data, deadline = b"", 0.0
         while True:
             patience = deadline - self.lane.poller.now() if data else self.idle
@@ -322,19 +298,28 @@ class Connection:
                 return True
             if end >= 0:
                 taken = _ORIGIN if self.arrival and self.arrival.redirected else _TAKEN
-                return bool(taken.match(data)) and not _UPGRADE.search(data, 0, end)
+                if not taken.match(data) or _UPGRADE.search(data, 0, end):
+                    return False
+                self.buffer += self.channel.sock.recv(end + 4)
+                return True
             if not data[:1].isupper() or len(data) >= self.lane.limits.headers:
                 return False
 
     def _register(self) -> None:
-        sock, arrival = self.channel.sock, self.arrival
-        peer, own = (arrival.peername, arrival.sockname) if arrival else (sock.getpeername(), sock.getsockname())
-        self.client = Client(peername=peer[:2], sockname=own[:2], state=ConnectionState.OPEN, proxy_mode=_REGULAR)
-        self.lane.connections[self.client.id] = self
-        if arrival:
-            self.addon.arriving[self.client.id] = arrival
-        self.addon.client_connected(self.client)
-        if self.client.error:
+        assert self.peer
+        self.client = client = object.__new__(Client)  # without its 20 checked fields, as in `_flow`
+        client.__dict__ = {
+            **_CLIENT,
+            "id": f"{getrandbits(128):032x}",
+            "peername": self.peer[:2],
+            "sockname": self.own[:2],
+            "timestamp_start": time.time(),
+        }
+        self.lane.connections[client.id] = self
+        if self.arrival:
+            self.addon.arriving[client.id] = self.arrival
+        self.addon.client_connected(client)
+        if client.error:
             raise ConnectionAbortedError
 
     async def _hand_over_decrypted(self, head: RequestHead) -> None:
@@ -363,28 +348,26 @@ class Connection:
         if flow.response:
             await self._send_and_close(_own_bytes(flow.response))
             return False
-        with contextlib.suppress(BlockingIOError):  # some clients end the head of CONNECT with more empty lines
-            early = self.channel.sock.recv(MAX_HELLO, socket.MSG_PEEK)
-            self.channel.sock.recv(len(early) - len(early.lstrip(b"\r\n")))
         await self.channel.send(ESTABLISHED, self.idle)
-        if not await self.channel.peek(1, self.idle):
+        data = await self.channel.peek(MAX_HELLO, self.idle)
+        if not data:
             return False
-        return await self._begin()
+        return await self._begin(data)
 
-    async def _begin(self) -> bool:
+    async def _begin(self, data: bytes = b"") -> bool:
         """TLS where a tunnel or a transparent client begins it; whether it goes on here."""
         assert self.client
         deadline = self.lane.poller.now() + min(TLS_TIMEOUT, self.idle)
-        with self._handshaking():
-            data = await self._client_hello(deadline)
+        try:
+            data, hello = await self._client_hello(data, deadline)
+        except OSError:
+            self.addon.refuse_tunnel(self.client, Reason.CLIENT_TLS)
+            raise
         if not is_tls(data):
             self.addon.refuse_tunnel(self.client)
             return False
-        try:
-            hello = parse_client_hello(data)
-        except ValueError:
+        if hello is None:
             return await self._pass(None) and self._hand_over_tunnel()
-        assert hello
         if self.redirected_tls and not self.addon.open_redirected(self.client, hello.server_name):
             return False
         if self.addon.may_pass(self.client) and not await self._pass(hello):
@@ -392,32 +375,31 @@ class Connection:
         if hello.protocols and b"http/1.1" not in hello.protocols:
             return self._hand_over_tunnel()
         context = self.lane.contexts.get(self.addon.leaf(self.client, hello.server_name))
-        with self._handshaking():
+        try:
             await self.channel.start_tls(context, deadline - self.lane.poller.now(), server_side=True)
+        except OSError:
+            self.addon.refuse_tunnel(self.client, Reason.CLIENT_TLS)
+            raise
         self.inside = True
         return True
 
-    @contextlib.contextmanager
-    def _handshaking(self) -> Iterator[None]:
-        """A handshake that fails in it is put on record."""
-        try:
-            yield
-        except OSError:
-            assert self.client
-            self.addon.refuse_tunnel(self.client, Reason.CLIENT_TLS)
-            raise
-
-    async def _client_hello(self, deadline: float) -> bytes:
-        """What begins with a ClientHello that is whole, or with what is none; not taken. Raises OSError."""
-        data = b""
+    async def _client_hello(self, data: bytes, deadline: float) -> tuple[bytes, ClientHello | None]:
+        """The whole ClientHello that a connection begins with, looking only, and what it says; None where it is none.
+        Raises OSError."""
         while True:
-            data = await self.channel.peek(MAX_HELLO, deadline - self.lane.poller.now(), len(data))
+            if data[:1] in (b"\r", b"\n"):  # some clients end the head of CONNECT with more empty lines
+                self.channel.sock.recv(len(data) - len(data.lstrip(b"\r\n")))
+                seen = 0
+            else:
+                try:
+                    if hello := parse_client_hello(data):
+                        return data, hello
+                except ValueError:
+                    return data, None
+                seen = len(data)
+            data = await self.channel.peek(MAX_HELLO, deadline - self.lane.poller.now(), seen)
             if not data:
                 raise ConnectionResetError
-            with contextlib.suppress(ValueError):
-                if is_tls(data) and parse_client_hello(data) is None:
-                    continue
-            return data
 
     async def _pass(self, hello: ClientHello | None) -> bool:
         """Pass a tunnel through that a rule says shall be; whether it is to be intercepted instead."""

@@ -8,6 +8,7 @@ import ssl
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
+from random import getrandbits
 from typing import Any, NamedTuple
 
 import certifi
@@ -24,7 +25,7 @@ CONNECT_TIMEOUT = 10.0  # seconds for TCP and TLS together, each address
 MAX_IDLE = 256  # connections kept in all
 MAX_IDLE_EACH = 32  # for one place
 IDLE = 60.0  # seconds one is kept
-
+_SERVER = vars(Server(address=None, state=ConnectionState.OPEN))
 
 type Resolve = Callable[..., Coroutine[Any, Any, Route]]
 
@@ -50,9 +51,13 @@ class UpstreamConnection:
         self.buffer = bytearray()
         self.used = False  # by an earlier request: it may be closing as we write
         self.since = 0.0
-        self.server = Server(address=(place.host.name, place.port))
-        self.server.peername = peer
-        self.server.state = ConnectionState.OPEN
+        self.server = object.__new__(Server)  # without its 20 checked fields
+        self.server.__dict__ = {
+            **_SERVER,
+            "id": f"{getrandbits(128):032x}",
+            "address": (place.host.name, place.port),
+            "peername": peer,
+        }
 
 
 class Pool:
@@ -65,7 +70,8 @@ class Pool:
         self._patience = connect_timeout
         self._resolve = resolve
         self._context = _context(trust)
-        self._sessions: OrderedDict[Place, ssl.SSLSession] = OrderedDict()
+        # What last spoke TLS to a place. A copy of its session costs a third of a handshake: taken where it is used.
+        self._spoken: OrderedDict[Place, Any] = OrderedDict()
         self._idle: OrderedDict[UpstreamConnection, None] = OrderedDict()
         self._places: dict[Place, list[UpstreamConnection]] = {}
 
@@ -93,11 +99,11 @@ class Pool:
                 del self._places[place]
             channel.close()
             return
-        if not connection.used and isinstance(channel.sock, ssl.SSLSocket) and channel.sock.session:
-            self._sessions[place] = channel.sock.session
-            self._sessions.move_to_end(place)
-            if len(self._sessions) > MAX_IDLE:
-                self._sessions.popitem(last=False)
+        if not connection.used and isinstance(channel.sock, ssl.SSLSocket):
+            self._spoken[place] = channel.sock._sslobj  # type: ignore[attr-defined]
+            self._spoken.move_to_end(place)
+            if len(self._spoken) > MAX_IDLE:
+                self._spoken.popitem(last=False)
         connection.used = True
         connection.since = self._poller.now()
         kept.append(connection)
@@ -158,11 +164,12 @@ class Pool:
             if parent:
                 await self._through(parent, channel, place, deadline)
             if place.tls:
+                spoken = self._spoken.get(place)
                 await channel.start_tls(
                     self._context,
                     deadline - self._poller.now(),
                     server_hostname=place.host.name,
-                    session=self._sessions.get(place),
+                    session=spoken.session if spoken else None,
                 )
         except BaseException:
             channel.close()

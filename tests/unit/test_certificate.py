@@ -13,7 +13,7 @@ from cryptography.x509.verification import PolicyBuilder, Store, VerificationErr
 
 from proxy.address import Host
 from proxy.ca import Leaf
-from proxy.certificate import cross_sign, make_ca, make_leaf, may_sign_a_ca, new_key, pem
+from proxy.certificate import cross_sign, key_pem, leaves_of, make_ca, make_leaf, may_sign_a_ca, new_key, pem
 from proxy.tls import ClientTls
 from tests.unit.test_tls import Peer, handshake
 
@@ -34,14 +34,14 @@ def accepts(root: x509.Certificate, leaf: Leaf, name: str) -> None:
 
 
 def signed_by(issuer: x509.Certificate, key: object, name: str = "a.test") -> x509.Certificate:
-    return make_leaf(Host.parse(name), LEAF_KEY, issuer, key, NOW)  # type: ignore[arg-type]
+    return make_leaf(Host.parse(name), leaves_of(LEAF_KEY, issuer), key, NOW)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["a.test", "10.0.0.1", "2001:db8::1"])
 @pytest.mark.parametrize("root", [OLD, NEW], ids=["old", "new"])
 def test_a_chain_leads_to_the_old_root_and_to_the_new_one(root: x509.Certificate, name: str) -> None:
     """In two verifiers that keep to RFC 5280, OpenSSL's and cryptography's."""
-    leaf = Leaf(signed_by(NEW, NEW_KEY, name), LEAF_KEY, (CROSS,))
+    leaf = Leaf(signed_by(NEW, NEW_KEY, name), LEAF_KEY, key_pem(LEAF_KEY), (CROSS,))
     accepts(root, leaf, name)
     host = Host.parse(name)
     subject = x509.IPAddress(host.ip) if host.ip else x509.DNSName(host.name)
@@ -51,7 +51,7 @@ def test_a_chain_leads_to_the_old_root_and_to_the_new_one(root: x509.Certificate
 
 def test_without_the_chain_the_old_root_does_not_do() -> None:
     with pytest.raises(ssl.SSLError, match="unable to get local issuer"):
-        accepts(OLD, Leaf(signed_by(NEW, NEW_KEY), LEAF_KEY), "a.test")
+        accepts(OLD, Leaf(signed_by(NEW, NEW_KEY), LEAF_KEY, key_pem(LEAF_KEY)), "a.test")
 
 
 def test_a_ca_below_may_not_vouch_for_a_third() -> None:

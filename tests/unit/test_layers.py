@@ -31,7 +31,7 @@ LAYERS = {
         "settingvalue snapshot store unixsocket upstream vault workerprocess"
     ),
     5: (
-        "addon cut doors flow lane layers peer pool relay runtime server signing strict1 strict2 strictws "
+        "addon contexts cut doors flow lane layers peer pool relay runtime server signing strict1 strict2 strictws "
         "supervisor tls tlsdoor transparent worker"
     ),
     6: "__main__ check cli cliaudit clicanary cligateway demo script",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from proxy.contexts import MAX_CONTEXTS
 from tests.harness import PATIENCE, Connection, Proxy, Upstream, refused, wait_for
 
 pytestmark = pytest.mark.slow
@@ -50,6 +51,12 @@ def accepted(proxy: Proxy, roots: Path) -> bool:
         return False
     connection.send(b"GET / HTTP/1.1\r\nhost: api.test\r\n\r\n")
     return connection.response().status == 200
+
+
+def test_each_of_many_hosts_is_shown_its_own_certificate(proxy: Proxy) -> None:
+    """More than are kept ready; the client checks the name."""
+    for number in [*range(MAX_CONTEXTS + 20), 0, 1]:
+        shown(proxy, proxy.folder / "certs" / "ca.pem", f"h{number}.test").close()
 
 
 def curl(proxy: Proxy, roots: Path, host: str = "api.test") -> int:
