@@ -133,17 +133,24 @@ class Handler(mitm_server.LiveConnectionHandler):
                 self._watch.cancel()
 
     async def handle_hook(self, hook: commands.StartHook) -> None:
-        """Call the addon, which has a guard of its own on every hook."""
+        """Call the addon, which has a guard of its own on every hook; what fails behind it cuts the connection."""
         method: Callable[..., Any] | None = getattr(self.addon, hook.name, None)
         if method is None:
             return
-        with self.timeout_watchdog.disarm():
-            (data,) = hook.args()
-            result = method(data)
-            if result is not None:
-                await result
-            if self.tunnel and hook.name == "client_connected":
-                self.addon.enter_tunnel(self.client, self.tunnel)
+        try:
+            with self.timeout_watchdog.disarm():
+                (data,) = hook.args()
+                result = method(data)
+                if result is not None:
+                    await result
+                if self.tunnel and hook.name == "client_connected":
+                    self.addon.enter_tunnel(self.client, self.tunnel)
+        except Exception as error:
+            _log.error("%s failed behind its guard and cut its connection: %s", hook.name, where(error))
+            self.client.error = "refused"
+            self.addon.abort(self.client)
+            if hook.name not in ("client_connected", "client_disconnected"):  # these end with the connection
+                raise asyncio.CancelledError from None  # whoever waits for this hook must not go on
 
     async def open_connection(self, command: commands.OpenConnection) -> None:
         """Dial, but not for ever."""

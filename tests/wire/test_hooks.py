@@ -35,6 +35,11 @@ AFTER = ("responseheaders", "flow:clean_response_headers", "redact:Replacer.find
 STREAMED = ("redact:BodyRedactor.feed", "redact:BodyRedactor.finish")
 LAST = ("response", "client_disconnected", "addon:Addon._record", "metrics:Metrics.record", "audit:Audit.record")
 
+ON_FAILURE, ON_WEBSOCKET = ("error", "server_connect_error"), ("websocket_message", "websocket_end")
+EVERY_HOOK = [
+    name for name in (*BEFORE, *BEFORE_MITMPROXY, *AFTER, *LAST, *ON_FAILURE, *ON_WEBSOCKET) if ":" not in name
+]
+
 
 @pytest.fixture(scope="module")
 def proxy(lane: str, make_proxy: Callable[..., Proxy], _shared_upstream: Upstream) -> Proxy:
@@ -172,7 +177,7 @@ def test_what_fails_at_the_end_leaves_no_secret_and_no_wreck(
     assert SECRET not in proxy.stderr_text()
 
 
-@pytest.mark.parametrize("name", ["error", "server_connect_error"])
+@pytest.mark.parametrize("name", ON_FAILURE)
 def test_what_fails_on_a_failure_is_a_failure(proxy: Proxy, plant: Callable[[str], None], name: str) -> None:
     """The upstream is not there."""
     plant(name)
@@ -184,7 +189,7 @@ def test_what_fails_on_a_failure_is_a_failure(proxy: Proxy, plant: Callable[[str
     refused(response, response.code)
 
 
-@pytest.mark.parametrize("name", ["websocket_message", "websocket_end"])
+@pytest.mark.parametrize("name", ON_WEBSOCKET)
 @pytest.mark.parametrize("from_client", [True, False], ids=["from the sandbox", "from the upstream"])
 def test_what_fails_on_a_websocket_ends_it(
     proxy: Proxy, upstream: Upstream, plant: Callable[[str], None], name: str, from_client: bool
