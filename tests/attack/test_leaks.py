@@ -70,7 +70,7 @@ def proxy(make_proxy: Make, lane: str) -> Proxy:
     proxy.credential("hex", HEX, "--host", "api.test")
     proxy.credential("elsewhere", ELSEWHERE, "--host", "nowhere.test")
     proxy.credential("ph", TEXT, "--kind", "placeholder", "--host", "a.api.test")
-    wait_for(lambda: proxy.get(f"https://other.test/?x={quote(TEXT)}").status == 403, "the guard")
+    wait_for(lambda: proxy.get("https://other.test/", method="POST", body=TEXT.encode()).status == 403, "the guard")
     return proxy
 
 
