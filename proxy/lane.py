@@ -348,11 +348,17 @@ class Connection:
         if flow.response:
             await self._send_and_close(_own_bytes(flow.response))
             return False
+        self._works_for(flow)
         await self.channel.send(ESTABLISHED, self.idle)
         data = await self.channel.peek(MAX_HELLO, self.idle)
         if not data:
             return False
         return await self._begin(data)
+
+    def _works_for(self, flow: http.HTTPFlow) -> None:
+        """Agents take turns (see `Poller`): one with many connections does not make the others wait."""
+        exchange = state_of(flow).exchange
+        self.channel.owner = exchange.agent_id if exchange else ""
 
     async def _begin(self, data: bytes = b"") -> bool:
         """TLS where a tunnel or a transparent client begins it; whether it goes on here."""
@@ -515,6 +521,8 @@ class Connection:
         waits = self.addon.requestheaders(flow)
         if waits is not None:
             await Strand.finish(waits)
+        if not self.inside:
+            self._works_for(flow)
         body = Body(head.length)
         if flow.response:
             return await self._refuse(flow, head, body)
@@ -695,6 +703,7 @@ class Connection:
                 upstream.channel.close()
                 raise ConnectionAbortedError
             flow.server_conn = upstream.server
+            upstream.channel.owner = self.channel.owner
             try:
                 await upstream.channel.send(message, self.idle)
                 if pump:

@@ -14,6 +14,7 @@ import socket
 import ssl
 import types
 from array import array
+from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from fcntl import ioctl
 from termios import FIONREAD
@@ -29,7 +30,8 @@ _HUNG_UP = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
 _SWEEP = 0.5  # seconds between two looks for waits that have lasted too long
 RECORD = 16384  # bytes of plaintext in a TLS record at most (RFC 8446 section 5.1)
 CHUNK = 65536  # bytes read at a time
-ROUNDS, BATCH = 4, 32  # looks at the kernel in a turn of the loop, which costs more than one; events taken at each
+ROUNDS = 8  # looks at the kernel in a turn of the loop, which costs more than one
+LOOK, BATCH = 256, 32  # events taken at each; channels told of theirs before the next, where they have one owner
 TURNS = 16  # reads and writes that need no wait before the others have theirs: some milliseconds of a fast transfer
 
 _COUNT = array("i", [0])  # what FIONREAD answers in
@@ -104,7 +106,20 @@ def _closed(_: object) -> Any:
 class Channel:
     """A connected socket, plain or TLS. At most one strand reads and one writes at a time."""
 
-    __slots__ = ("_pending", "_poller", "_recv", "_send", "_stirred", "_waiting", "fd", "hung_up", "on_event", "sock")
+    __slots__ = (
+        "_pending",
+        "_poller",
+        "_recv",
+        "_send",
+        "_stirred",
+        "_waiting",
+        "due",
+        "fd",
+        "hung_up",
+        "on_event",
+        "owner",
+        "sock",
+    )
 
     def __init__(self, poller: Poller, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -115,6 +130,8 @@ class Channel:
         self.fd = sock.fileno()
         self._stirred = True  # something may have arrived since it was last found empty
         self.on_event: Callable[[bool], None] | None = None  # the peer acted while nobody reads; whether it hung up
+        self.owner = ""  # for whom it works: owners take turns
+        self.due = 0  # events it was not told of yet
         self.hung_up = False  # the peer sends no more, though some of it may still be unread
         self._poller = poller
         # By strand, not by event: in TLS a reader may have to write and a writer to read (SSL_ERROR_WANT_WRITE).
@@ -285,6 +302,8 @@ class Poller:
         self.now = self._loop.time
         self._epoll = select.epoll()
         self._channels: dict[int, Channel] = {}
+        self._due: dict[str, deque[Channel]] = {}  # by owner: what happened, and nobody was told yet
+        self._again = False
         self._loop.add_reader(self._epoll.fileno(), self._poll)
         self._timer = self._loop.call_later(_SWEEP, self._sweep)
 
@@ -304,16 +323,34 @@ class Poller:
                 self._epoll.unregister(channel.fd)
 
     def _poll(self) -> None:
+        self._again = False
         for _ in range(ROUNDS):
             if self._epoll.closed:
                 return
-            # Looked up before any is told: one that is told may close another, and a third take its descriptor.
-            happened = [(self._channels.get(fd), events) for fd, events in self._epoll.poll(0, BATCH)]
-            if not happened:
+            for fd, events in self._epoll.poll(0, LOOK):
+                if channel := self._channels.get(fd):
+                    if not channel.due:
+                        self._due.setdefault(channel.owner, deque()).append(channel)
+                    channel.due |= events
+            if not self._due:
                 return
-            for channel, events in happened:
-                if channel and not channel.closed:
+            self._take_turns()
+        if self._due and not self._again:
+            self._again = True
+            self._loop.call_soon(self._poll)
+
+    def _take_turns(self) -> None:
+        """One channel of each owner has its turn, or several where there is only one owner: who has many ready must not
+        make others wait for all of them."""
+        turns = BATCH if len(self._due) == 1 else 1
+        for owner, waiting in list(self._due.items()):
+            for _ in range(min(turns, len(waiting))):
+                channel = waiting.popleft()
+                events, channel.due = channel.due, 0
+                if not channel.closed:
                     channel.ready(events)
+            if not waiting:
+                del self._due[owner]
 
     def _sweep(self) -> None:
         self._timer = self._loop.call_later(_SWEEP, self._sweep)

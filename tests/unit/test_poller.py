@@ -811,3 +811,31 @@ def test_no_wake_up_is_lost_in_a_crowd(tls: bool, seed: int) -> None:
         assert [await end for end in ends] == [None] * len(ends)
 
     play(scene)
+
+
+def test_owners_take_turns() -> None:
+    """One with many connections does not make another wait for all of them."""
+
+    async def scene(poller: Poller) -> None:
+        order: list[str] = []
+
+        async def reader(channel: Channel) -> None:
+            await channel.recv(SECONDS)
+            order.append(channel.owner)
+
+        pairs = [socket.socketpair() for _ in range(9)]
+        channels = [Channel(poller, ours) for ours, _ in pairs]
+        for channel in channels[:8]:
+            channel.owner = "many"
+        channels[8].owner = "one"
+        ended = [start(reader(channel)) for channel in channels]
+        for _, theirs in pairs:
+            theirs.send(b"x")
+        await asyncio.gather(*ended)
+        assert order.index("one") <= 1
+        assert order.count("many") == 8
+        for channel, (_, theirs) in zip(channels, pairs, strict=True):
+            channel.close()
+            theirs.close()
+
+    play(scene)
