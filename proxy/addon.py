@@ -211,6 +211,7 @@ class Addon:
             return Refuse(context)
         if passage is None:
             return ClientTls(context)
+        context.server.address = passage[0].host, passage[0].port  # no CONNECT has said so to a redirected one's layers
         return RelayLayer(context, passage[0], lambda: self.passage_failed(context.client))
 
     def http_layer(self, context: Any, mode: http_layers.HTTPMode) -> HttpLayer:

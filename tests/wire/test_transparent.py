@@ -18,6 +18,7 @@ version: 1
 rules:
   - {name: tls, match: {host: api.test, websocket: true}, action: allow}
   - {name: plain, match: {host: api.test, scheme: http}, action: allow}
+  - {name: pinned, match: {host: pinned.test}, action: allow, tls: passthrough}
 """
 ANYWHERE4, ANYWHERE6 = "203.0.113.9", "2001:db8::9"  # for documentation; nobody is there (RFC 5737, RFC 3849)
 
@@ -32,7 +33,7 @@ def pair() -> Iterator[Pair]:
 
 @pytest.fixture(scope="module")
 def shared_upstreams(pair: Pair, upstream_ca: trustme.CA) -> Iterator[tuple[Upstream, Upstream]]:
-    tls = server_context(upstream_ca, "api.test", "other.test")
+    tls = server_context(upstream_ca, "api.test", "other.test", "pinned.test")
     with InsideUpstream(pair.router, tls) as upstream, InsideUpstream(pair.router, None) as plain:
         yield upstream, plain
 
@@ -53,7 +54,7 @@ def plain_upstream(upstream: Upstream, shared_upstreams: tuple[Upstream, Upstrea
 @pytest.fixture(scope="module")
 def proxy(lane: str, make_proxy: Make, pair: Pair, shared_upstreams: tuple[Upstream, Upstream]) -> Iterator[Proxy]:
     upstream, plain = shared_upstreams
-    led = {f"{name}:443": f"127.0.0.1:{upstream.port}" for name in ("api.test", "other.test")}
+    led = {f"{name}:443": f"127.0.0.1:{upstream.port}" for name in ("api.test", "other.test", "pinned.test")}
     proxy = make_proxy(
         RULES,
         {**led, "api.test:80": f"127.0.0.1:{plain.port}"},
@@ -235,3 +236,18 @@ def test_curl_without_any_setting_is_caught(proxy: Proxy, pair: Pair, upstream: 
         "curl", "-sS", "--cacert", ca, "--resolve", f"api.test:443:{ANYWHERE4}", "https://api.test/c"
     )
     assert json.loads(done.stdout)["target"] == "/c"
+
+
+def test_a_pinned_client_is_passed_through(
+    proxy: Proxy, dial: Callable[..., Connection], upstream: Upstream, upstream_ca: trustme.CA
+) -> None:
+    """By its server name alone; it sees the upstream's own certificate."""
+    context = ssl.create_default_context()
+    upstream_ca.configure_trust(context)
+    connection = dial()
+    connection.start_tls(context, "pinned.test")
+    assert ask(connection, "/pinned", "pinned.test").status == 200
+    connection.sock.close()
+    line = proxy.audit(rule="pinned")[0]
+    assert (line["agent"], line["method"], line["host"]) == ("vm-1", "CONNECT", "pinned.test")
+    assert len(upstream.seen) == 1
