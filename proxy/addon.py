@@ -542,7 +542,7 @@ class Addon:
         assert exchange
         body = flow.request.raw_content or b""
         exchange.request_bytes += len(body)
-        if leaks := self._leak_stream(flow, state, "held"):
+        if body and (leaks := self._leak_stream(flow, state, "held")):
             try:
                 self._look_through(flow, leaks, body)
             except Leaked as leaked:

@@ -93,8 +93,9 @@ class FlowState:
 
 def state_of(flow: http.HTTPFlow) -> FlowState:
     """The flow's state, made when first asked for."""
-    state = flow.metadata.get(STATE)
-    if not isinstance(state, FlowState):
+    try:
+        state: FlowState = flow.metadata[STATE]
+    except KeyError:
         state = flow.metadata[STATE] = FlowState()
     return state
 

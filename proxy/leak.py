@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import re2
 
 from proxy.coding import Undecodable, decoder
 from proxy.forms import forms
+from proxy.request import Field
 
 MIN_GUARDED = 8  # bytes: what is shorter is sent by chance, and could be found out by asking
 REACH = 256  # bytes: of a longer text only so much is looked for, and a stream never holds back more
 MAX_HELD = 64 * 1024  # bytes of a coded body that wait for what is inside them
 MAX_EXPANDED = 4 * 1024 * 1024  # bytes that one read of a coded body may decode to
 _PROBE = 8  # bytes of a text that are let go before the rest is held: fewer stand at the end of a message by chance
+_SHORT, _REMEMBERED = 4096, 1024  # bytes of headers that are worth remembering, and how many of them
 _CANDIDATES = 32  # shapes that turned out to be none, after which those inside one another are passed over
 
 
@@ -79,11 +82,12 @@ class Detector:
     """Looks for all of `texts` and `shapes` in one pass: some 2 microseconds for a request's head, 100 for 64 KiB,
     whether there are ten texts or a thousand."""
 
-    __slots__ = ("_begin", "_heads", "_regex", "_shapes", "_texts")
+    __slots__ = ("_begin", "_clean", "_heads", "_regex", "_shapes", "_texts")
 
     def __init__(self, texts: Mapping[bytes, Finding], shapes: Iterable[Shape] = ()) -> None:
         """`texts`: what to look for, each at most `REACH` bytes."""
         self._texts = dict(texts)
+        self._clean: set[tuple[Field, ...]] = set()
         self._shapes = [
             (_compile(s.form.encode("latin-1")), _compile(b"(?:%s)%s" % (_any(s.begin), s.rest.encode())), s)
             for s in shapes
@@ -95,6 +99,23 @@ class Detector:
             self._heads.setdefault(text[: min(_PROBE, (len(text) + 1) // 2)], []).append(text)
         begins = [*self._heads, *(begin for *_, shape in self._shapes for begin in shape.begin)]
         self._begin = _compile(_any(begins)) if begins else None
+
+    def finds_nothing(self, data: bytes) -> bool:
+        """Whether nothing in `data` even looks like what is sought."""
+        return self._regex is None or self._regex.search(data) is None
+
+    def find_nothing_in_headers(self, headers: tuple[Field, ...]) -> bool:
+        """The same for a request's headers, remembered: a client mostly sends the same ones again."""
+        if headers in self._clean:
+            return True
+        data = b"\n".join(chain.from_iterable(headers))
+        if not self.finds_nothing(data):
+            return False
+        if len(data) <= _SHORT:
+            if len(self._clean) >= _REMEMBERED:
+                self._clean.clear()
+            self._clean.add(headers)
+        return True
 
     def find(self, data: bytes) -> Iterator[tuple[int, Finding]]:
         """Where in `data` something was found, and what."""

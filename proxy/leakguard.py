@@ -100,8 +100,10 @@ class LeakGuard:
         if not self.loaded:
             raise Refused(Reason.STORE_UNAVAILABLE)
         url = _url(view)
-        data = url + b"\n" + b"\n".join(chain.from_iterable(view.headers))
         for detector in (self._detector, KEY_FORMATS) if formats else (self._detector,):
+            if detector.finds_nothing(url) and detector.find_nothing_in_headers(view.headers):
+                continue
+            data = url + b"\n" + b"\n".join(chain.from_iterable(view.headers))
             for at, finding in detector.find(data):
                 if not self._may_pass(target, finding):
                     raise Leaked(finding, "url" if at < len(url) else "header", target)

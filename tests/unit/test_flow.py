@@ -170,7 +170,6 @@ def test_every_proof_of_identity_is_seen() -> None:
 
 def test_a_flow_has_one_state() -> None:
     flow = tflow.tflow()
-    flow.metadata[STATE] = "from somewhere else"
     state = state_of(flow)
     assert isinstance(state, FlowState)
     assert state_of(flow) is state
