@@ -32,6 +32,7 @@ rules:
     action: allow
     inject: [{credential: api, as: bearer}]
 """
+SECRET = "real-key-4f1e9b7c2d"
 _names = (f"victim-{number}" for number in itertools.count())
 
 
@@ -385,7 +386,9 @@ def test_a_kill_drops_leases(make_proxy: Make, upstream: Upstream, lane: str, tm
         store.start()
         proxy.start()
         proxy.agent()
-        proxy.credential("api", "real-key-4f1e9b7c2d", "--host", "other.test", "--agent", "coder-1")
+        proxy.credential("api", SECRET, "--host", "other.test", "--agent", "coder-1")
+        known = lambda: proxy.get(f"https://api.test/{SECRET}").status == 403  # noqa: E731
+        wait_for(known, "the news of it, which would end the lease")
         assert proxy.get("https://other.test/x").status == 200
         store.kill()
         assert proxy.get("https://other.test/x").status == 200  # by its lease
