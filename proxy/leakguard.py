@@ -29,6 +29,7 @@ from proxy.vault import Opening
 
 MAX_SECRETS = 2000  # credentials and canaries: their patterns take some 100 MB
 HIDDEN = "[redacted]"  # stands on record where a URL held what may not
+_DEPTH = 3  # levels of escapes that a query is looked through; of a path every reading is
 _WORDS = {
     "placeholder": "The request holds a placeholder for a credential that {host} may not have.",
     "unreadable": "The request's body cannot be looked into.",
@@ -167,11 +168,14 @@ def _url(view: RequestView) -> bytes:
     parts = [host, *view.readings, view.query]
     if "." in host:
         parts.append(host.replace(".", ""))
-    url = "\n".join(parts).encode("latin-1", "replace")
-    if "%" not in view.query:
-        return url
-    decoded = unquote_to_bytes(view.query)
-    return b"\n".join((url, decoded, decoded.replace(b"+", b" ")))
+    url, query = "\n".join(parts).encode("latin-1", "replace"), view.query.encode("latin-1", "replace")
+    for _ in range(_DEPTH):
+        if b"%" not in query:
+            break
+        decoded = unquote_to_bytes(query)
+        url += b"\n" + decoded + b"\n" + decoded.replace(b"+", b" ")
+        query = decoded
+    return url
 
 
 def _token_shapes(knows: Callable[[str], bool]) -> list[Shape]:
