@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from proxy import __version__, killswitch
 from proxy.agent import NEVER, Agent, AgentState
-from proxy.agentca import constraints_for, forget, hosts_of, issue
+from proxy.agentca import forget
 from proxy.credential import clean_secret
 from proxy.grant import Grant
+from proxy.jail import add_arguments as add_exec_arguments
+from proxy.jail import run as run_jail
 from proxy.masterkey import load_master_key
 from proxy.outbound import placeholder_of
 from proxy.problem import Problems, UserError
@@ -27,9 +29,9 @@ from proxy.quantity import parse_duration
 from proxy.registry import Registry
 from proxy.rotation import begin, finish, load_authority, shown
 from proxy.running import Running, fetch_status
-from proxy.sandboxenv import FORMATS, Bundle, ca_bundle, refresh_bundle, variables, write_bundle
+from proxy.sandboxca import bundle_for
+from proxy.sandboxenv import FORMATS, Bundle, ca_bundle, refresh_bundle, variables
 from proxy.settings import Settings, load_settings, settings_schema
-from proxy.snapshot import read_policy
 from proxy.store import Store, StoreUnavailable
 from proxy.vault import Entry, Vault
 
@@ -304,7 +306,9 @@ def _agent_env(arguments: Arguments) -> int:
         return await registry.reissue(arguments.id), await registry.show(arguments.id)
 
     issued, agent = with_store(settings, token)
-    written = write_bundle(*_trusted(settings, agent))
+    written, notes = bundle_for(settings, agent)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     bundle = Bundle(arguments.ca) if arguments.ca else written
     running = Running.read(settings)
     if not running and not arguments.proxy:
@@ -316,22 +320,6 @@ def _agent_env(arguments: Arguments) -> int:
     else:
         print(FORMATS[arguments.format](values))
     return OK
-
-
-def _trusted(settings: Settings, agent: Agent) -> tuple[Path, bytes]:
-    """Where the bundle of a sandbox lies, and the CA in it.
-
-    Raises UserError, and Problems where its hosts cannot be told because the rules are broken.
-    """
-    if settings.ca == "shared":
-        return settings.certs, load_authority(settings.certs).pem
-    if agent.state is not AgentState.ACTIVE:
-        raise UserError(f"agent {agent.id} is killed, and has no CA: `sallyport agent revive {agent.id}` first")
-    hosts = hosts_of(read_policy(settings.rules)[0], agent)
-    if hosts == ():
-        print(f"note: no rule allows {agent.id} any host; run this again when one does", file=sys.stderr)
-    constraints = None if hosts is None else constraints_for(hosts)
-    return settings.certs / "bundles" / agent.id, issue(settings.certs, agent, constraints).pem
 
 
 # vault
@@ -657,6 +645,7 @@ def _parser() -> argparse.ArgumentParser:
     rotate = verb(ca, "rotate", _ca_rotate, "make a new CA while sandboxes that trust the old one go on")
     rotate.add_argument("--overlap", metavar="7d", default="7d", help="how long both are trusted (default: 7d)")
     rotate.add_argument("--finish", action="store_true", help="end the overlap now")
+    add_exec_arguments(verb(verbs, "exec", run_jail, "run a command in a jail whose only way out is the proxy"))
     schema = verb(verbs, "schema", _schema, "print a JSON Schema for editors")
     schema.add_argument("what", choices=("rules", "settings"))
     return parser

@@ -63,8 +63,9 @@ class Bundle:
 
 
 def variables(agent: str, token: str, proxy: str, bundle: Bundle) -> dict[str, str]:
-    """The variables for `agent`; `proxy` is host:port, the paths of `bundle` are those in the sandbox."""
-    url = f"http://{agent}:{token}@{proxy}"
+    """The variables for `agent`; `proxy` is host:port, the paths of `bundle` are those in the sandbox. Without a token
+    the proxy knows it by other means."""
+    url = f"http://{agent}:{token}@{proxy}" if token else f"http://{proxy}"
     files = {"WGETRC": bundle.wgetrc, "APT_CONFIG": bundle.apt}
     return (
         dict.fromkeys(_PROXY_VARIABLES, url)

@@ -33,6 +33,7 @@ from proxy.cut import cut_ended
 from proxy.doors import Doors, relay
 from proxy.flow import Tunnel, state_of
 from proxy.guard import where
+from proxy.jaildoor import JailDoors
 from proxy.lane import Lane
 from proxy.layers import ClientTls
 from proxy.listening import QUEUE, address_of, bind
@@ -265,6 +266,7 @@ class Server:
         proof = ClientCertificates(mtls).proof if mtls else None
         tls = TlsDoor(runtime.authority, mtls.ca if mtls else None, proof)
         self.doors = Doors(self, runtime.settings.identity.uids, tls)
+        self.jails = JailDoors(self, runtime, os.environ)
         runtime.registry.on_change = lambda revoked: cut_ended(self.addon, revoked)
 
     async def start(self, listening: Sequence[Sequence[socket.socket]] = (), *, follow_agents: bool = True) -> None:
@@ -281,6 +283,7 @@ class Server:
             for sock in sockets:
                 await self._open(listener, sock, mine=not listening)
         self.addresses += [listener.address for listener in listeners if listener.per_agent]
+        self.jails.open()
 
     async def _open(self, listener: Listener, sock: socket.socket, *, mine: bool) -> None:
         address = address_of(sock, listener.scheme)
@@ -388,6 +391,7 @@ class Server:
         """
         self.addon.draining = True
         self.doors.close()
+        self.jails.close()
         for server in self._servers:
             server.close()
         lane = [self.lane.drain(hurry, patience, grace)] if self.lane else []
@@ -396,6 +400,7 @@ class Server:
     def close(self) -> None:
         """Stop listening, and cut what the lane still has."""
         self.doors.close()
+        self.jails.close()
         for server in self._servers:
             server.close()
         if self.lane:

@@ -17,7 +17,7 @@ LAYERS = {
     0: "problem reason secret",
     1: (
         "address agent agenttoken auditchain bodymatch clienthello coding exchange forms frames framing http1 "
-        "pattern proof request series strangers url"
+        "jaildns pattern proof request series strangers url"
     ),
     2: "claims grant keyformats leak policy redact sigv4",
     3: (
@@ -26,15 +26,16 @@ LAYERS = {
     ),
     4: (
         "admin agentca arrival audit auditline auditlink ca canary certificate cpus embedded files follow gateway "
-        "gatewaykeys guard guesses identity jwks jwtidentity killswitch leakguard limiter link listening masterkey "
-        "metrics mtls parent poller records redirect registry rollback rotation running sandboxenv settings "
-        "settingvalue snapshot store unixsocket upstream vault workerprocess"
+        "gatewaykeys guard guesses handover identity jailfs jailnet jwks jwtidentity killswitch leakguard limiter "
+        "link listening masterkey metrics mtls parent poller proxies records redirect registry rollback rotation "
+        "running sandboxca sandboxenv settings settingvalue snapshot store unixsocket upstream vault workerprocess"
     ),
     5: (
-        "addon contexts cut doors flow lane layers peer pool relay runtime server signing strict1 strict2 strictws "
+        "addon contexts cut doors flow jaildoor lane layers peer pool relay runtime server signing strict1 strict2 "
+        "strictws "
         "supervisor tls tlsdoor transparent worker"
     ),
-    6: "__main__ check cli cliaudit clicanary cligateway demo script",
+    6: "__main__ check cli cliaudit clicanary cligateway demo jail script",
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules.split()} | {"__init__": 0}
 
