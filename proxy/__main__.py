@@ -13,6 +13,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from proxy import jail
 
         return jail.main(words[1:])
+    if words[:1] == ["doctor"]:
+        from proxy import doctor
+
+        return doctor.main(words[1:])
     from proxy import cli
 
     return cli.main(words)

@@ -19,6 +19,8 @@ from proxy import __version__, killswitch
 from proxy.agent import NEVER, Agent, AgentState
 from proxy.agentca import forget
 from proxy.credential import clean_secret
+from proxy.doctor import add_arguments as add_doctor_arguments
+from proxy.doctor import run as run_doctor
 from proxy.grant import Grant
 from proxy.jail import add_arguments as add_exec_arguments
 from proxy.jail import run as run_jail
@@ -646,6 +648,7 @@ def _parser() -> argparse.ArgumentParser:
     rotate.add_argument("--overlap", metavar="7d", default="7d", help="how long both are trusted (default: 7d)")
     rotate.add_argument("--finish", action="store_true", help="end the overlap now")
     add_exec_arguments(verb(verbs, "exec", run_jail, "run a command in a jail whose only way out is the proxy"))
+    add_doctor_arguments(verb(verbs, "doctor", run_doctor, "in a sandbox: do its clients work, is there a way round"))
     schema = verb(verbs, "schema", _schema, "print a JSON Schema for editors")
     schema.add_argument("what", choices=("rules", "settings"))
     return parser

@@ -80,6 +80,7 @@ def run(arguments: Arguments) -> int:
     bwrap = shutil.which("bwrap")
     if bwrap is None or not sys.platform.startswith("linux"):
         raise UserError("exec needs Linux and bubblewrap: install the package bubblewrap (command bwrap)")
+    _keep_descriptors()
     cwd = Path.cwd()
     config, state = find_state(arguments, os.environ, cwd)
     proxies = Proxies(state, {"agent": arguments.agent, "ttl": arguments.ttl})
@@ -87,14 +88,23 @@ def run(arguments: Arguments) -> int:
     for note in given["notes"]:
         _say(f"note: {note}")
     hidden = [*map(Path, given["hidden"]), state.resolve(), *([config.resolve()] if config else [])]
-    home = Path(os.environ.get("HOME") or "/tmp").resolve()  # noqa: S108  # the jail's own
+    home = Path(os.environ.get("HOME", "/")).resolve()
+    home = home if home != Path("/") else Path("/tmp")  # noqa: S108  # the jail's own
     mounts = [Mount.parse(text, cwd) for text in arguments.mount]
     sight = Sight(cwd, home, mounts, hidden, [Path(path) for path in given["files"]])
     if not sight.workable:
         _say(f"note: {cwd} is not writable in the jail: run it from the agent's own folder for that")
     environment = {**environment_of(os.environ, arguments.env), **given["environment"]}
-    words = [bwrap, *bwrap_arguments(sight, environment)]
-    return Jail.start(words, command, proxies).wait()
+    environment |= {"HOME": str(sight.home), "PWD": str(sight.start)}
+    return Jail.start([bwrap, *bwrap_arguments(sight)], command, environment, proxies).wait()
+
+
+def _keep_descriptors() -> None:
+    """What the shell has open beyond the first three is not for the jail: a folder's descriptor leads out of it."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the one that lists them
+            if int(name) > 2:
+                os.set_inheritable(int(name), False)
 
 
 def environment_of(outer: Mapping[str, str], asked: Sequence[str]) -> dict[str, str]:
@@ -139,7 +149,7 @@ class Jail:
     init: int = 0
 
     @staticmethod
-    def start(words: Sequence[str], command: Sequence[str], proxies: Proxies) -> Jail:
+    def start(words: Sequence[str], command: Sequence[str], environment: Mapping[str, str], proxies: Proxies) -> Jail:
         """Make the namespaces, give the proxy its listeners in them, and let the command begin.
 
         Raises UserError.
@@ -149,7 +159,7 @@ class Jail:
         process = os.fork()
         if process == 0:
             ours.close()
-            _become(theirs, [*words, "--info-fd", str(tell), "--", *command], tell)
+            _become(theirs, [*words, "--info-fd", str(tell), "--", *command], environment, tell)
         theirs.close()
         os.close(tell)
         with ours:
@@ -193,6 +203,7 @@ class Jail:
                 if time.monotonic() - looked > LOOK:
                     self.proxies.look()
                     looked = time.monotonic()
+        self.proxies.leave()
         status = os.waitstatus_to_exitcode(os.waitpid(self.bwrap, 0)[1])
         return status if status >= 0 else 128 - status
 
@@ -203,7 +214,7 @@ class Jail:
                 self.dns.sendto(response, source)
 
 
-def _become(parent: socket.socket, words: Sequence[str], inherited: int) -> NoReturn:
+def _become(parent: socket.socket, words: Sequence[str], environment: Mapping[str, str], inherited: int) -> NoReturn:
     """The process that turns into the jail: in its namespaces from here on, and in no process group of ours, so that
     a terminal's signals reach the command once, by `forward`."""
     try:
@@ -214,7 +225,7 @@ def _become(parent: socket.socket, words: Sequence[str], inherited: int) -> NoRe
         if handover.receive(parent) is None:  # our parent is gone
             os._exit(1)
         os.set_inheritable(inherited, True)
-        os.execv(words[0], list(words))  # noqa: S606  # which is the point
+        os.execve(words[0], list(words), environment)  # noqa: S606  # which is the point
     except UserError as error:
         handover.send(parent, {"error": str(error)})
     except OSError as error:

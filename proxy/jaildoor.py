@@ -90,9 +90,7 @@ class JailDoors:
         except (OSError, ValueError):
             message = None
         if message is None:
-            self._end(jail)
-            if jail.temporary:
-                self._spawn(self._remove(jail.agent))
+            self._spawn(self._leave(jail))
         else:
             self._spawn(self._answer(jail, message))
 
@@ -109,10 +107,12 @@ class JailDoors:
         jail.control.close()
 
     async def _answer(self, jail: _Jail, message: handover.Message) -> None:
-        taken = [socket.socket(fileno=descriptor) for descriptor in message.descriptors]
         try:
-            if taken:
-                reply = await self._listen(jail, taken)
+            if message.descriptors:
+                reply = await self._listen(jail, [socket.socket(fileno=number) for number in message.descriptors])
+            elif "leave" in message.data:
+                await self._leave(jail, stay=True)
+                reply = {}
             else:
                 reply = await self._enter(jail, message.data)
         except (UserError, Problems, StoreUnavailable) as error:
@@ -133,7 +133,8 @@ class JailDoors:
         agent = registry.by_id(agent_id)
         if agent is None:
             raise UserError(f"agent {agent_id} was removed: sallyport agent add {agent_id}")
-        jail.agent, jail.temporary = agent_id, made or bool(asked.get("temporary"))
+        jail.temporary = made or bool(asked.get("temporary")) or self._is_temporary(agent_id)
+        jail.agent = agent_id
         settings = self._runtime.settings
         bundle, notes = await asyncio.to_thread(bundle_for, settings, agent)
         return {
@@ -141,7 +142,7 @@ class JailDoors:
             "files": [path for path in (bundle.pem, bundle.wgetrc, bundle.apt, bundle.java) if path],
             "hidden": self._hidden(),
             "temporary": jail.temporary,
-            "notes": notes if made or not ttl else [*notes, f"agent {agent_id} is registered; --ttl is not used"],
+            "notes": notes if jail.temporary or not ttl else [*notes, f"{agent_id} is registered; --ttl is not used"],
         }
 
     async def _add(self, agent_id: str, ttl: object) -> None:
@@ -157,10 +158,18 @@ class JailDoors:
         await self._runtime.registry.add(agent_id, ttl=seconds)  # its token is nobody's: the jail needs none
         await self._runtime.registry.apply_changes({agent_id})
 
-    async def _remove(self, agent_id: str) -> None:
-        """A temporary agent's jail is gone; with several workers another may have removed it."""
-        with contextlib.suppress(UserError, StoreUnavailable):
-            await self._runtime.registry.remove(agent_id)
+    async def _leave(self, jail: _Jail, *, stay: bool = False) -> None:
+        """A jail is gone, and with the last one of a temporary agent that is. `stay`: its connection is not closed."""
+        temporary, jail.temporary = jail.temporary, False
+        if not stay:
+            self._end(jail)
+        if temporary and not self._is_temporary(jail.agent):
+            with contextlib.suppress(UserError, StoreUnavailable):  # another worker may have removed it
+                await self._runtime.registry.remove(jail.agent)
+                await self._runtime.registry.apply_changes({jail.agent})
+
+    def _is_temporary(self, agent_id: str) -> bool:
+        return any(jail.temporary and jail.agent == agent_id for jail in self._jails.values())
 
     def _hidden(self) -> list[str]:
         settings = self._runtime.settings

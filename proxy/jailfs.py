@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +69,11 @@ class Sight:
             self.home.is_relative_to(self.cwd) or any(Path(name).is_relative_to(self.cwd) for name in _SYSTEM)
         )
 
+    @property
+    def start(self) -> Path:
+        """The folder that the command begins in."""
+        return self.cwd if self.workable or _visible(self.cwd) else self.home
+
     def check(self) -> None:
         """Raises UserError for a mount that would show what is hidden."""
         for mount in self.mounts:
@@ -77,7 +82,7 @@ class Sight:
                     raise UserError(f"--mount {mount.source}: the proxy's own {path} would be in the jail; move one")
 
 
-def bwrap_arguments(sight: Sight, environment: Mapping[str, str]) -> list[str]:
+def bwrap_arguments(sight: Sight) -> list[str]:
     """Everything before the command. Descriptors in it are made here, to be inherited by bubblewrap.
 
     Raises UserError.
@@ -88,11 +93,7 @@ def bwrap_arguments(sight: Sight, environment: Mapping[str, str]) -> list[str]:
     words += [
         word for step in (*_kernel(), *_system(sight), *_own(sight), *_masks(sight), *_files(sight)) for word in step
     ]
-    start = sight.cwd if sight.workable or _visible(sight, sight.cwd) else sight.home
-    words += ["--chdir", str(start), "--clearenv"]
-    for name, value in {**environment, "HOME": str(sight.home), "PWD": str(start)}.items():
-        words += ["--setenv", name, value]
-    return words
+    return [*words, "--chdir", str(sight.start)]
 
 
 type _Steps = Iterator[Sequence[str]]
@@ -136,7 +137,7 @@ def _own(sight: Sight) -> _Steps:
 
 def _masks(sight: Sight) -> _Steps:
     for path in sight.hidden:
-        if _visible(sight, path):
+        if _visible(path):
             yield from _mask(path)
 
 
@@ -167,7 +168,7 @@ def _file(target: str, text: str, mode: str = "0644") -> Sequence[str]:
     return "--perms", mode, "--ro-bind-data", str(descriptor), target
 
 
-def _visible(sight: Sight, path: Path) -> bool:
+def _visible(path: Path) -> bool:
     """Whether the jail would see what lies there."""
     seen = [Path(name) for name in (*_SYSTEM, sys.prefix, sys.base_prefix)]
     return any(path.is_relative_to(place) for place in (*seen, _PACKAGE))

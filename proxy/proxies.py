@@ -58,6 +58,12 @@ class Proxies:
                     handover.ask(control, self.agent)
                     self._give(path, control)
 
+    def leave(self) -> None:
+        """The command has ended; a temporary agent is gone when this returns."""
+        for control in self.connected.values() if self.agent.get("temporary") else ():
+            with contextlib.suppress(OSError, UserError):
+                handover.ask(control, {"leave": True})
+
     def _give(self, path: Path, control: socket.socket) -> None:
         try:
             handover.ask(control, {}, [sock.fileno() for sock in self.listening])

@@ -326,6 +326,22 @@ def test_only_variables_that_were_asked_for_are_passed_on(jailed: Run) -> None:
     ).stdout.split("\n")
 
 
+def test_what_the_shell_has_open_stays_outside(proxy: Proxy, tmp_path: Path) -> None:
+    """By the descriptor of a folder a command would leave its jail."""
+    folder = os.open(proxy.folder, os.O_RDONLY)
+    words = ["exec", "--config", str(proxy.config), "--agent", "coder-1", "--", "sh", "-c"]
+    try:
+        result = subprocess.run(
+            [sys.executable, "-P", "-m", "proxy", *words, "for fd in /proc/$$/fd/*; do readlink $fd || :; done"],
+            cwd=tmp_path, env=proxy.environment, pass_fds=[folder], stdin=subprocess.DEVNULL, capture_output=True,
+            text=True, timeout=PATIENCE, check=True,
+        )  # fmt: skip
+    finally:
+        os.close(folder)
+    kinds = {line.partition(":")[0] for line in result.stdout.split()}
+    assert kinds == {"/dev/null", "pipe"}
+
+
 def test_a_jail_needs_no_token(jailed: Run) -> None:
     assert "slp_" not in jailed("env").stdout
 
@@ -366,6 +382,35 @@ def test_an_agent_with_a_ttl_is_there_while_the_command_runs(jailed: Run, proxy:
     assert jailed("curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}", "https://other.test/", flags=flags).stdout
     assert len(upstream.seen) == 1
     wait_for(lambda: "passing-1" not in proxy.cli("agent", "list").stdout, "the end of the agent")
+
+
+def test_a_temporary_agent_can_be_had_again_at_once(jailed: Run) -> None:
+    """It is gone when `exec` ends, so the next one is not taken for registered, nor ended with the first."""
+    for _ in range(5):
+        assert jailed("true", flags=("--agent", "passing-2", "--ttl", "1h")).stderr == ""
+
+
+def test_a_temporary_agent_lives_as_long_as_its_last_command(
+    jailed: Run, start: Callable[..., subprocess.Popen[str]], tmp_path: Path, upstream: Upstream
+) -> None:
+    flags = ("--agent", "passing-3", "--ttl", "1h")
+    code = "echo ready; while [ ! -e go ]; do sleep 0.05; done; curl -sS https://other.test/ -o /dev/null"
+    process = start("sh", "-c", code + " -w '%{http_code}'", flags=flags)
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    jailed("true", flags=flags)
+    (tmp_path / "go").touch()
+    assert process.communicate(timeout=PATIENCE)[0] == "200"
+
+
+def test_a_temporary_agent_ends_with_a_jail_that_is_killed(
+    start: Callable[..., subprocess.Popen[str]], proxy: Proxy
+) -> None:
+    process = start("sh", "-c", "echo ready; sleep 1000", flags=("--agent", "passing-4", "--ttl", "1h"))
+    assert process.stdout
+    process.stdout.readline()
+    process.kill()
+    wait_for(lambda: "passing-4" not in proxy.cli("agent", "list").stdout, "the end of the agent")
 
 
 def test_an_agent_that_is_not_registered_is_told_how(jailed: Run) -> None:
