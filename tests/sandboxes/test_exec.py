@@ -449,11 +449,22 @@ def test_without_a_proxy_the_next_step_is_told(make_proxy: Callable[..., Proxy])
 
 
 def test_every_worker_serves_a_jail_and_so_do_their_successors(
-    make_proxy: Callable[..., Proxy], upstream: Upstream
+    make_proxy: Callable[..., Proxy], upstream: Upstream, tmp_path: Path
 ) -> None:
     workers = make_proxy(RULES, lane="fast", workers=2)
     workers.cli("agent", "add", "coder-1")
     workers.credential("key", SECRET, "--host", "api.test")
-    code = "for _ in 1 2 3 4 5 6; do curl -sS https://api.test/ -o /dev/null -w '%{http_code} '; done"
-    assert workers.cli("exec", "--agent", "coder-1", "--", "sh", "-c", code).stdout == "200 " * 6
-    assert len(upstream.seen) == 6
+    six = "for _ in 1 2 3 4 5 6; do curl -sS https://api.test/ -o /dev/null -w '%{http_code} '; done; echo;"
+    words = ["exec", "--config", str(workers.config), "--agent", "coder-1", "--", "sh", "-c"]
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "proxy", *words, f"{six} while [ ! -e go ]; do sleep 0.05; done; {six}"],
+        cwd=tmp_path, env=workers.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout
+        assert process.stdout.readline() == "200 " * 6 + "\n"
+        before = set((workers.folder / ".sallyport" / "exec").iterdir())
+        workers.cli("reload")
+        wait_for(lambda: before.isdisjoint((workers.folder / ".sallyport" / "exec").iterdir()), "the new workers")
+        (tmp_path / "go").touch()
+        assert process.communicate(timeout=PATIENCE)[0] == "200 " * 6 + "\n"
+    assert len(upstream.seen) == 12
