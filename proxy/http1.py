@@ -182,10 +182,10 @@ class Body:
                     break
                 self._state = "crlf"
             if self._state == "crlf":
+                if buffer[:2] != b"\r\n"[: len(buffer)]:
+                    raise BadMessage("a chunk is longer than it says")
                 if len(buffer) < 2:
                     break
-                if buffer[:2] != b"\r\n":
-                    raise BadMessage("a chunk is longer than it says")
                 del buffer[:2]
                 self._state = "size"
             elif self._state == "trailers" and not self._trailers(buffer):
@@ -213,8 +213,8 @@ class Body:
         else:
             end = buffer.find(HEAD_END, 0, MAX_TRAILERS)
             if end < 0:
-                if len(buffer) >= MAX_TRAILERS:
-                    raise BadMessage("the trailers are too large")
+                if len(buffer) >= MAX_TRAILERS or _has_bare_line_feed(buffer):
+                    raise BadMessage("the trailers are too large or malformed")
                 return False
             raw = bytes(buffer[: end + 4])
             if not _TRAILERS.fullmatch(raw) or any(name.lower() in _FRAMING for name, _ in split_fields(raw, 0)):

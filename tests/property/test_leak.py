@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 import brotli  # type: ignore[import-untyped]
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +20,8 @@ ENCODERS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
     "deflate": zlib.compress,
     "br": brotli.compress,
+    "zstd": zstandard.compress,
+    "gzip, br": lambda data: brotli.compress(gzip.compress(data)),
 }
 FEW_BYTES = st.lists(st.sampled_from([b"a", b"b", b"ab", b"aaaa"]), max_size=60).map(b"".join)
 SECRETS = st.binary(min_size=MIN_GUARDED, max_size=60) | FEW_BYTES.filter(lambda text: len(text) >= MIN_GUARDED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import pytest
@@ -79,3 +80,30 @@ def test_so_is_every_way_to_read_a_known_attack(raw: str, steps: list[Callable[[
 def test_a_query_is_forwarded_byte_for_byte(raw: str) -> None:
     """A signature over it still holds."""
     assert RequestView.parse("GET", "https", Host("a.test"), 443, f"/?{raw}").query == raw
+
+
+NAMES = st.sampled_from([b"Host", b"connection", b"x_a", b"X-HTTP-Method-Override", b"upgrade", b"authorization", b" "])
+HEADERS = st.lists(st.tuples(NAMES | st.binary(max_size=4), st.binary(max_size=8)), max_size=4)
+TARGETS = st.text(max_size=20) | st.text("/%?&;=+.#\\{|25eEfF\x00\x7f\xe9ab", max_size=30).map(lambda text: "/" + text)
+
+
+@given(st.sampled_from(["GET", "get", "P T", "", "\u0130"]) | st.text(max_size=3), TARGETS, HEADERS)
+def test_any_request_is_a_view_or_ambiguous(method: str, target: str, headers: list[tuple[bytes, bytes]]) -> None:
+    """Nothing else is raised, and what was made normal stays as it is."""
+    try:
+        view = RequestView.parse(method, "https", Host("a.test"), 443, target, headers)
+    except Ambiguous:
+        return
+    again = RequestView.parse(view.method, "https", view.host, 443, view.path_and_query, view.headers)
+    assert replace(again, upgrade=view.upgrade) == view  # that header is not forwarded
+    assert view.path_and_query.isascii()
+
+
+@given(st.text(max_size=30) | st.text(".:[]%0123456789abcdefx-@", max_size=30))
+def test_any_host_is_one_or_none(text: str) -> None:
+    """A host is its own normal form."""
+    try:
+        host = Host.parse(text)
+    except ValueError:
+        return
+    assert Host.parse(str(host)) == host
