@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -219,6 +220,32 @@ def test_a_tunnel_of_connect_is_decided_like_any_other(
         ("/v1/tunnel", [f"Bearer {SECRET}"])
     ]
     assert proxy.audit(path="/v1/tunnel")[-1]["agent"] == "worker-1"
+
+
+def test_a_proxy_on_another_host_is_reached_by_tls(
+    make_proxy: Callable[..., Proxy], upstream: Upstream, tmp_path: Path, lane: str
+) -> None:
+    """With the services that the example's page shows for it, for fetch and connect."""
+    proxy = make_proxy(
+        RULES.replace("\n    inject: [{credential: api, as: bearer}]", ""),
+        lane=lane,
+        listen=["tls://127.0.0.1:0"],
+        start=False,
+    )
+    for agent in ("coder-1", "worker-1"):
+        proxy.cli("agent", "add", agent)
+    key = proxy.cli("gateway", "add", "workers", "--agents", "*").stdout.strip()
+    proxy.start()
+    (services,) = re.findall(r"```capnp\n(.*?)```", (EXAMPLE / "README.md").read_text(), re.DOTALL)
+    config = (EXAMPLE / "config.capnp").read_text()
+    plain = "".join(line for line in config.splitlines(True) if '(name = "sallyport' in line and "external" in line)
+    static = (EXAMPLE / "static.js").read_text()
+    changes = {"config.capnp": (plain, services), "static.js": (static, RELAY.replace("TARGET", "api.test:443"))}
+    with Workerd(proxy, key, tmp_path, changes, {"ca.pem": proxy.folder / "certs/ca.pem"}) as workerd:
+        assert workerd.run(get("https://api.test/v1/far")).status == 200
+        head = b"GET /v1/far HTTP/1.1\r\nhost: api.test\r\nconnection: close\r\n\r\n"
+        assert workerd.relay().exchange(proxy.trust, "api.test", head).startswith(b"HTTP/1.1 200 ")
+    assert {line["agent"] for line in proxy.audit(2, path="/v1/far")} == {"coder-1", "worker-1"}
 
 
 CONNECT = 'import { connect } from "cloudflare:sockets";'

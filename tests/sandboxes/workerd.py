@@ -31,15 +31,24 @@ def package(pattern: str) -> Path:
 
 
 class Workerd:
-    """The example as it ships, in front of a proxy; `changes` replace text in its files, which must be there."""
+    """The example as it ships, before a proxy; `changes` replace text in its files, `extra` files are put beside."""
 
-    def __init__(self, proxy: Proxy, key: str, folder: Path, changes: dict[str, tuple[str, str]] | None = None) -> None:
+    def __init__(
+        self,
+        proxy: Proxy,
+        key: str,
+        folder: Path,
+        changes: dict[str, tuple[str, str]] | None = None,
+        extra: dict[str, Path] | None = None,
+    ) -> None:
         self.folder = folder / "workerd"
         shutil.copytree(EXAMPLE, self.folder)
         for name, (old, new) in (changes or {}).items():
             text = (self.folder / name).read_text()
             assert old in text
             (self.folder / name).write_text(text.replace(old, new))
+        for name, path in (extra or {}).items():
+            shutil.copy(path, self.folder / name)
         self.ports: dict[str, int] = {}
         self._proxy = proxy
         self._key = key
