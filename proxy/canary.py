@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from proxy.agenttoken import make_token
 from proxy.credential import parse_name
 from proxy.problem import UserError
-from proxy.sealing import MasterKey
+from proxy.sealing import MasterKey, TokenKey
 from proxy.store import Store
 
 TABLE = "canaries"
@@ -45,7 +45,7 @@ class Canaries:
         if not prefix.isascii() or not prefix.isprintable() or " " in prefix or len(prefix) > 64:
             raise UserError("--prefix must be up to 64 printable ASCII characters without space")
         nonce = self._random(16).hex()
-        token = self._token(name, nonce, prefix)
+        token = _token(self._master.tokens, name, nonce, prefix)
 
         def change(old: str | None) -> str:
             if old is not None:
@@ -80,15 +80,18 @@ class Canaries:
         for name, text in records.items():
             try:
                 data = json.loads(text)
-                token, created = self._token(name, str(data["nonce"]), str(data["prefix"])), float(data["created"])
-                known = _digest(token) == data["digest"]
+                nonce, prefix, digest = str(data["nonce"]), str(data["prefix"]), data["digest"]
+                created = float(data["created"])
+                tokens = (_token(key, name, nonce, prefix) for key in self._master.token_keys())
+                token = next((token for token in tokens if _digest(token) == digest), "")
             except (ValueError, KeyError, TypeError, RecursionError):  # a damaged record
-                token, created, known = "", 0.0, False
-            yield Canary(name if known else ascii(name)[1:-1], token if known else "", created)
+                token, created = "", 0.0
+            yield Canary(name if token else ascii(name)[1:-1], token, created)
 
-    def _token(self, name: str, nonce: str, prefix: str) -> str:
-        source = self._master.token_source(f"canary/{name}", nonce)  # no agent's id has a slash
-        return prefix + make_token(source)[len("slp_") :][:_LENGTH]
+
+def _token(key: TokenKey, name: str, nonce: str, prefix: str) -> str:
+    source = key.source(f"canary/{name}", nonce)  # no agent's id has a slash
+    return prefix + make_token(source)[len("slp_") :][:_LENGTH]
 
 
 def _digest(token: str) -> str:

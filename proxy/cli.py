@@ -635,11 +635,14 @@ def _parser() -> argparse.ArgumentParser:
     from proxy.cliaudit import audit_parser  # which need this module
     from proxy.clicanary import canary_parser
     from proxy.cligateway import gateway_parser
+    from proxy.clirekey import rekey_parser
 
     _agent_parser(group("agent", "register, show and stop agents"), verb)
     audit_parser(verbs, group("audit", "the audit log"), verb)
     gateway_parser(group("gateway", "register who may mint tokens for agents"), verb)
-    _vault_parser(group("vault", "seal, list and rotate credentials"), verb)
+    vault = group("vault", "seal, list and rotate credentials")
+    _vault_parser(vault, verb)
+    rekey_parser(vault, verb)
     canary_parser(group("canary", "tokens that open nothing and may never leave"), verb)
     ca = group("ca", "the CA certificate")
     export = verb(ca, "export", _ca_export, "print the CA certificate")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from proxy.masterkey import seals_now
 from proxy.problem import UserError
 from proxy.rollback import HighWater
 from proxy.sealing import MasterKey, Random, Record, SealBroken, Stored, open_sealed, seal
@@ -110,6 +111,8 @@ class Records:
 
         await self._store.change(TABLE, name, change)
         await self.note({name: version})
+        if not await seals_now(self._store, self._master):  # `rekey` may have passed this record already
+            raise UserError("the master key was changed at the same time: do it again")
         return version
 
     async def bury(self, name: str, now: float) -> int:

@@ -222,17 +222,18 @@ class Registry:
         entry = _table(await self._store.get_all(TABLE, [agent_id])).entries.get(agent_id)
         if entry is None:
             raise _missing(agent_id)
-        token = make_token(self._master.token_source(agent_id, entry.nonce)) if self._master else ""
-        if not hmac.compare_digest(token_digest(token) or "", entry.digest):
-            raise UserError(
-                f"the token of {agent_id} was issued under another master key: "
-                f"`sallyport agent token {agent_id}` issues a new one"
-            )
-        return token
+        for key in self._master.token_keys() if self._master else ():
+            token = make_token(key.source(agent_id, entry.nonce))
+            if hmac.compare_digest(token_digest(token) or "", entry.digest):
+                return token
+        raise UserError(
+            f"the token of {agent_id} was issued under another master key: "
+            f"`sallyport agent token {agent_id}` issues a new one"
+        )
 
     def _issue(self, agent_id: str) -> tuple[str, str]:
         nonce = self._random(16).hex()
-        return make_token(self._master.token_source(agent_id, nonce) if self._master else self._random), nonce
+        return make_token(self._master.tokens.source(agent_id, nonce) if self._master else self._random), nonce
 
     async def remove(self, agent_id: str) -> None:
         """Forgets an agent. Raises UserError if there is none."""

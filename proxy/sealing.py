@@ -14,8 +14,8 @@ import hmac
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from cryptography.exceptions import InvalidTag
@@ -96,17 +96,43 @@ class Stored:
         return json.dumps(data, sort_keys=True)
 
 
-class MasterKey:
-    """32 bytes that seal every data key. It cannot be printed or pickled; `id` is public and names it."""
+class TokenKey:
+    """The half of a master key that tokens follow from; all that is kept of a key after it was changed."""
 
-    __slots__ = ("_tokens", "_wrapping", "id")
+    __slots__ = ("id", "key")
+
+    def __init__(self, key_id: str, key: Secret) -> None:
+        self.id = key_id
+        self.key = key
+
+    def source(self, name: str, nonce: str) -> Random:
+        """The bytes a token is made of, so that it need not be kept anywhere to be told again."""
+        counter = itertools.count()
+
+        def source(size: int) -> bytes:
+            use = json.dumps([name, nonce, next(counter)]).encode("ascii")
+            return _derive(self.key.reveal(), use, size)
+
+        return source
+
+
+class MasterKey:
+    """32 bytes that seal every data key. It cannot be printed or pickled; `id` is public and names it.
+
+    `beside` are the other keys there are while it is changed, asked anew each time; `former` what is left of those
+    before it.
+    """
+
+    __slots__ = ("_wrapping", "beside", "former", "id", "tokens")
 
     def __init__(self, key: bytes) -> None:
         if len(key) != _KEY:
             raise ValueError(f"a master key is {_KEY} bytes, not {len(key)}")
         self._wrapping = AESGCM(_derive(key, b"sallyport wrapping key", _KEY))
-        self._tokens = _derive(key, b"sallyport agent tokens", _KEY)
         self.id = _derive(key, b"sallyport key id", 6).hex()
+        self.tokens = TokenKey(self.id, Secret(_derive(key, b"sallyport agent tokens", _KEY)))
+        self.beside: Callable[[str | None], Iterable[MasterKey]] = lambda _: ()
+        self.former: tuple[TokenKey, ...] = ()
 
     @classmethod
     def parse(cls, text: str | bytes) -> MasterKey:
@@ -134,15 +160,17 @@ class MasterKey:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a MasterKey is not serialised")
 
-    def token_source(self, agent_id: str, nonce: str) -> Random:
-        """The bytes an agent's token is made of, so that it need not be kept anywhere to be told again."""
-        counter = itertools.count()
+    def find(self, key_id: str) -> MasterKey | None:
+        """This key or the one beside it of that id."""
+        if key_id == self.id:
+            return self
+        return next((key for key in self.beside(key_id) if key.id == key_id), None)
 
-        def source(size: int) -> bytes:
-            use = json.dumps([agent_id, nonce, next(counter)]).encode("ascii")
-            return _derive(self._tokens, use, size)
-
-        return source
+    def token_keys(self) -> Iterable[TokenKey]:
+        """Whatever a token may have been made with, the likeliest first."""
+        yield self.tokens
+        yield from self.former
+        yield from (key.tokens for key in self.beside(None) if key.id != self.id)
 
     def wrap(self, data_key: bytes, associated: bytes, nonce: bytes) -> bytes:
         """`data_key` sealed under this key, `nonce` in front."""
@@ -166,14 +194,27 @@ def open_sealed(master: MasterKey, record: Record, sealed: str) -> Secret:
     parts = _SEALED.fullmatch(sealed)
     if not parts:
         raise SealBroken("its sealed text is damaged")
-    if parts[1] != master.id:
+    key = master.find(parts[1])
+    if key is None:
         raise SealBroken(f"it is sealed under master key {parts[1]}, and this proxy has {master.id}")
     try:
-        data_key = master.unwrap(_decode(parts[2]), record.associated("key"))
+        data_key = key.unwrap(_decode(parts[2]), record.associated("key"))
         body = _decode(parts[3])
         return Secret(AESGCM(data_key).decrypt(body[:_NONCE], body[_NONCE:], record.associated("secret")))
     except (InvalidTag, ValueError, TypeError, RecursionError):
         raise SealBroken("it was changed after it was sealed") from None
+
+
+def reseal(master: MasterKey, stored: Stored, random: Random) -> Stored:
+    """The same record under `master`, opened with it or a key beside it. Raises SealBroken."""
+    secret = open_sealed(master, stored.record, stored.sealed)
+    return replace(stored, sealed=seal(master, stored.record, secret, random))
+
+
+def sealed_under(sealed: str) -> str:
+    """The id of the key that a sealed text claims; empty for text of another form."""
+    parts = _SEALED.fullmatch(sealed)
+    return parts[1] if parts else ""
 
 
 def mac_matches(secret: Secret, message: bytes, mac: bytes) -> bool:

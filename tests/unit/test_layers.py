@@ -28,15 +28,15 @@ LAYERS = {
         "admin agentca arrival audit auditline auditlink ca canary certificate cpus doctorclients doctorways "
         "embedded files follow gateway gatewaykeys guard guesses handover identity jailfs jailnet jwks jwtidentity "
         "killswitch leakguard limiter link listening masterkey metrics mtls parent poller proxies records redirect "
-        "registry rollback rotation running sandboxca sandboxenv settings settingvalue snapshot store unixsocket "
-        "upstream vault workerprocess"
+        "registry rekey rollback rotation running sandboxca sandboxenv settings settingvalue snapshot store "
+        "unixsocket upstream vault workerprocess"
     ),
     5: (
         "addon contexts cut doors flow jaildoor lane layers peer pool relay runtime server signing strict1 strict2 "
         "strictws "
         "supervisor tls tlsdoor transparent worker"
     ),
-    6: "__main__ check cli cliaudit clicanary cligateway demo doctor jail script",
+    6: "__main__ check cli cliaudit clicanary cligateway clirekey demo doctor jail script",
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules.split()} | {"__init__": 0}
 
