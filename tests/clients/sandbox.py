@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,13 +34,13 @@ def tool(name: str) -> str:
     return path
 
 
-def exported(proxy: Proxy, folder: Path) -> dict[str, str]:
-    """What a shell has after `eval "$(sallyport agent env coder-1)"` that it had not before."""
+def exported(proxy: Proxy, folder: Path, *words: str) -> dict[str, str]:
+    """What a shell has after `eval "$(sallyport agent env coder-1 WORDS)"` that it had not before."""
     command = folder / "sallyport"
     command.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -P -m proxy "$@"\n')
     command.chmod(0o755)
     result = subprocess.run(
-        ["/bin/sh", "-euc", f'eval "$(sallyport agent env {AGENT})"; exec env -0'],
+        ["/bin/sh", "-euc", f'eval "$(sallyport agent env {shlex.join([AGENT, *words])})"; exec env -0'],
         cwd=proxy.folder,  # where sallyport.yaml is
         env={"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder)},
         capture_output=True,

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import base64
-import hashlib
-import io
-import json
 import os
 import sys
-import tarfile
-import zipfile
 from collections.abc import Callable, Iterator
 
 import pytest
 import trustme
 
+from tests.clients.registries import npm, pypi
 from tests.clients.sandbox import NODE, NODE_MODULES, Sandbox, reflecting
-from tests.harness import Proxy, Reply, Seen, Upstream, server_context
+from tests.harness import Handler, Proxy, Reply, Seen, Upstream, server_context
 
 PYPI_SECRET = "pypi-AgEIcHlwaS5vcmcCJGI3ZjQ5MDBi"
 NPM_SECRET = "npm_8Jd2kQ9xVb4Lm7Zr1Tw5Yc3Nf6Hs"
@@ -34,70 +30,24 @@ rules:
 """
 
 
-def wheel() -> bytes:
-    """A package with one module."""
-    files = {
-        "tiny.py": "ANSWER = 42\n",
-        "tiny-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n",
-        "tiny-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    record = "".join(f"{name},,\n" for name in (*files, "tiny-1.0.dist-info/RECORD"))
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, text in {**files, "tiny-1.0.dist-info/RECORD": record}.items():
-            archive.writestr(name, text)
-    return buffer.getvalue()
-
-
-def tarball() -> bytes:
-    """The same for Node."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        manifest = json.dumps({"name": "tiny", "version": "1.0.0", "main": "index.js"})
-        for name, text in {"package.json": manifest, "index.js": "module.exports = 42;\n"}.items():
-            entry = tarfile.TarInfo(f"package/{name}")
-            entry.size = len(text)
-            archive.addfile(entry, io.BytesIO(text.encode()))
-    return buffer.getvalue()
-
-
-WHEEL, TARBALL = wheel(), tarball()
 BASIC = f"Basic {base64.b64encode(f'__token__:{PYPI_SECRET}'.encode()).decode()}"
 
 
-def pypi(seen: Seen) -> Reply:
-    """A simple index (PEP 503) for one wheel."""
-    if seen.header("authorization") != [BASIC]:
-        return Reply(401, [("www-authenticate", 'Basic realm="pypi"')])
-    name = "tiny-1.0-py3-none-any.whl"
-    if seen.target == f"/files/{name}":
-        return Reply(headers=[("content-type", "application/octet-stream")], body=WHEEL)
-    if seen.target != "/simple/tiny/":
-        return Reply(404)
-    link = f'<a href="/files/{name}#sha256={hashlib.sha256(WHEEL).hexdigest()}">{name}</a>'
-    page = f"<!DOCTYPE html><html><body>{link}</body></html>"
-    return Reply(headers=[("content-type", "text/html")], body=page.encode())
+def guarded(registry: Handler, proof: str) -> Handler:
+    """A registry that answers nobody else."""
 
+    def handle(seen: Seen) -> Reply:
+        if seen.header("authorization") != [proof]:
+            return Reply(401, [("www-authenticate", 'Basic realm="registry"')])
+        return registry(seen)
 
-def npm(seen: Seen) -> Reply:
-    """An npm registry of one package."""
-    if seen.header("authorization") != [f"Bearer {NPM_SECRET}"]:
-        return Reply(401)
-    if seen.target == "/tiny/-/tiny-1.0.0.tgz":
-        return Reply(headers=[("content-type", "application/octet-stream")], body=TARBALL)
-    if seen.target != "/tiny":
-        return Reply(404)
-    integrity = f"sha512-{base64.b64encode(hashlib.sha512(TARBALL).digest()).decode()}"
-    dist = {"tarball": "https://registry.test/tiny/-/tiny-1.0.0.tgz", "integrity": integrity}
-    version = {"name": "tiny", "version": "1.0.0", "dist": dist}
-    document = {"name": "tiny", "dist-tags": {"latest": "1.0.0"}, "versions": {"1.0.0": version}}
-    return Reply(headers=[("content-type", "application/json")], body=json.dumps(document).encode())
+    return handle
 
 
 @pytest.fixture(scope="module")
 def registries(upstream_ca: trustme.CA) -> Iterator[Upstream]:
     with Upstream(server_context(upstream_ca, "pypi.test", "registry.test")) as upstream:
-        hosts = {"pypi.test": pypi, "registry.test": npm}
+        hosts = {"pypi.test": guarded(pypi, BASIC), "registry.test": guarded(npm, f"Bearer {NPM_SECRET}")}
         upstream.handler = lambda seen: reflecting(hosts[seen.header("host")[0]](seen), seen)
         yield upstream
 
