@@ -40,6 +40,7 @@ from wsproto.events import CloseConnection, Event, Ping, Pong
 
 from proxy.flow import STATE, FlowState, clean_control_frame, state_of
 from proxy.http1 import CONSUMED_BODY
+from proxy.strict1 import StrictClient
 from proxy.strict2 import StrictClient2, StrictServer2
 from proxy.strictws import MAX_MESSAGE as MAX_MESSAGE
 from proxy.tls import say_goodbye
@@ -273,6 +274,24 @@ class HttpLayer(http_layers.HttpLayer):
         if isinstance(connection, Server):
             self.connections.pop(connection, None)
 
+    def get_connection(self, event: http_layers.GetHttpConnection, *, reuse: bool = True) -> Generator:
+        """An HTTP/1 upstream's connection that is idle serves an HTTP/2 client's next stream too: mitmproxy would make
+        one for each."""
+        idle = self._idle(event) if reuse and self.context.client.alpn == b"h2" else None
+        if idle is None:
+            yield from super().get_connection(event, reuse=reuse)
+        else:
+            done = http_layers.GetHttpConnectionCompleted(event, (idle, None))
+            yield from self.event_to_child(self.command_sources.pop(event), done)
+
+    def _idle(self, event: http_layers.GetHttpConnection) -> Connection | None:
+        for connection in self.connections:
+            if isinstance(connection, Server) and connection.connected and event.connection_spec_matches(connection):
+                part = self._part(connection, StrictClient)
+                if part is not None and part.idle:
+                    return connection
+        return None
+
     def make_stream(self, stream_id: int) -> Generator:
         """A stream of ours."""
         self.streams[stream_id] = Stream(self.context.fork(), stream_id)
@@ -295,7 +314,11 @@ class HttpLayer(http_layers.HttpLayer):
         return sum(len(piece.data) for waiting in part.h2_conn.stream_buffers.values() for piece in waiting)
 
     def _http2(self, connection: Connection) -> StrictServer2 | StrictClient2 | None:
+        part: StrictServer2 | StrictClient2 | None = self._part(connection, StrictServer2, StrictClient2)
+        return part
+
+    def _part(self, connection: Connection, *kinds: type[Any]) -> Any:
         part: Any = self.connections.get(connection)
-        while part is not None and not isinstance(part, StrictServer2 | StrictClient2):
+        while part is not None and not isinstance(part, kinds):
             part = getattr(part, "child_layer", None)
         return part

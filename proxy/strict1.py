@@ -12,6 +12,7 @@ from typing import Any
 
 from h11 import Data, EndOfMessage, RemoteProtocolError
 from mitmproxy.connection import ConnectionState
+from mitmproxy.http import Request
 from mitmproxy.proxy import commands, events, layer
 from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.layers import http as http_layers
@@ -144,12 +145,16 @@ class StrictClient(_http1.Http1Client):
     skipped = 0
     head_since = 0.0  # when the first byte of the head that is being read came
 
+    @property
+    def idle(self) -> bool:
+        """Whether it may carry another request."""
+        return self.stream_id is None and self.state == self.read_headers
+
     def send(self, event: HttpEvent) -> Generator:
-        """A body of unknown length is chunked (RFC 9113 section 8.2.2): bare, it would be read as further requests."""
-        if isinstance(event, RequestHeaders) and event.request.is_http2 and not event.end_stream:
-            event.request = event.request.copy()
-            if "content-length" not in event.request.headers:
-                event.request.headers["transfer-encoding"] = "chunked"
+        """What came by HTTP/2 goes on as HTTP/1.1; as such it does not cost the connection, which mitmproxy would close
+        behind it."""
+        if isinstance(event, RequestHeaders) and event.request.is_http2:
+            event.request = _as_http1(event.request, body=not event.end_stream)
         yield from super().send(event)
 
     def read_headers(self, event: events.ConnectionEvent) -> Generator:
@@ -203,6 +208,21 @@ class StrictClient(_http1.Http1Client):
         yield commands.CloseConnection(self.conn)
         yield ReceiveHttp(ResponseProtocolError(self.stream_id, why, ErrorCode.GENERIC_SERVER_ERROR))
         self.state = self.done
+
+
+def _as_http1(request: Request, *, body: bool) -> Request:
+    """A body of unknown length is chunked (RFC 9113 section 8.2.2): bare, it would be read as further requests."""
+    request = request.copy()
+    request.http_version = "HTTP/1.1"
+    headers = request.headers
+    if body and "content-length" not in headers:
+        headers["transfer-encoding"] = "chunked"
+    if "host" not in headers:
+        headers.insert(0, "Host", request.authority)
+    request.authority = ""
+    if len(cookies := headers.get_all("cookie")) > 1:
+        headers["cookie"] = "; ".join(cookies)  # RFC 9113 section 8.2.3
+    return request
 
 
 class _Chunked:

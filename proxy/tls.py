@@ -22,6 +22,7 @@ CIPHERS = (
     "ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:"
     "ECDHE-RSA-AES256-GCM-SHA384:ECDHE-ECDSA-CHACHA20-POLY1305:ECDHE-RSA-CHACHA20-POLY1305"
 )  # forward secret AEAD suites only (RFC 9325 section 4.2)
+MAX_SESSIONS, EARLIER = 64, 4  # hosts whose sessions are kept, and of how many connections
 _HOSTFLAGS = SSL._lib.X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS | SSL._lib.X509_CHECK_FLAG_NEVER_CHECK_SUBJECT  # type: ignore[attr-defined]
 
 
@@ -61,6 +62,7 @@ class UpstreamTls:
     """
 
     def __init__(self, trust: Sequence[Path]) -> None:
+        self._earlier: OrderedDict[Host, tuple[SSL.Connection, ...]] = OrderedDict()
         self._context = _context(SSL.TLS_CLIENT_METHOD)
         self._context.set_verify(SSL.VERIFY_PEER)
         with tempfile.NamedTemporaryFile() as roots:  # OpenSSL reads several CAs only from a file
@@ -88,7 +90,21 @@ class UpstreamTls:
             raise ValueError("OpenSSL does not take the host name")
         connection.set_alpn_protos([b"h2", b"http/1.1"] if http2 else [b"http/1.1"])
         connection.set_connect_state()
+        self._resume(host, connection)
         return connection
+
+    def _resume(self, host: Host, connection: SSL.Connection) -> None:
+        """Go on with the session of an earlier connection to `host`. Its tickets came behind its handshake, so that it
+        is asked only now (RFC 8446 section 4.6.1); freed without a close_notify, its session would be bad to OpenSSL,
+        so that some are kept."""
+        earlier = self._earlier.pop(host, ())
+        for last in reversed(earlier):
+            if last.get_finished() and (session := last.get_session()):
+                connection.set_session(session)
+                break
+        self._earlier[host] = (*earlier[1 - EARLIER :], connection)
+        if len(self._earlier) > MAX_SESSIONS:
+            self._earlier.popitem(last=False)
 
 
 def say_goodbye(connection: SSL.Connection) -> None:

@@ -321,6 +321,32 @@ def test_http2_is_offered_only_where_the_client_speaks_it(
     assert peer.tls.selected_alpn_protocol() == chosen
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_session_with_an_upstream_is_resumed(version: ssl.TLSVersion, ca: trustme.CA, tmp_path: Path) -> None:
+    ca.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    upstream_tls, context = UpstreamTls([tmp_path / "ca.pem"]), server_context(ca.issue_cert("api.test"))
+    context.maximum_version = version
+    reused = []
+    for _ in range(2):
+        peer, ours = Peer(context), upstream_tls.connection(HOST, http2=False)
+        handshake(peer, ours)
+        peer.tls.write(b"x")
+        _carry(peer, ours)
+        assert ours.recv(1) == b"x"  # behind the tickets
+        reused.append(peer.tls.session_reused)
+    assert reused == [False, True]
+
+
+def test_nothing_is_resumed_of_an_upstream_that_was_refused(ca: trustme.CA, tmp_path: Path) -> None:
+    ca.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    upstream_tls, context = UpstreamTls([tmp_path / "ca.pem"]), server_context(ca.issue_cert("other.test"))
+    for _ in range(2):
+        peer = Peer(context)
+        with pytest.raises(SSL.Error, match="certificate verify failed"):
+            handshake(peer, upstream_tls.connection(HOST, http2=False))
+        assert not peer.tls.session_reused
+
+
 def test_a_trust_file_without_a_certificate_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ca.der").write_bytes(b"\x30\x82")
     with pytest.raises(UserError, match="holds no PEM certificate"):
