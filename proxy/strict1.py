@@ -12,7 +12,7 @@ from typing import Any
 
 from h11 import Data, EndOfMessage, RemoteProtocolError
 from mitmproxy.connection import ConnectionState
-from mitmproxy.http import Request
+from mitmproxy.http import Headers, Request, Response, ResponseData
 from mitmproxy.proxy import commands, events, layer
 from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.layers import http as http_layers
@@ -186,6 +186,7 @@ class StrictClient(_http1.Http1Client):
                 return
             if status >= 200 or (status == 101 and "upgrade" in self.request.headers):
                 self.skipped = 0
+                self.response = _as_it_came(first.event.response)
                 break
             self.response = None
             self.skipped += 1
@@ -223,6 +224,15 @@ def _as_http1(request: Request, *, body: bool) -> Request:
     if len(cookies := headers.get_all("cookie")) > 1:
         headers["cookie"] = "; ".join(cookies)  # RFC 9113 section 8.2.3
     return request
+
+
+def _as_it_came(response: Response) -> Response:
+    """For how the connection goes on: what is passed on may say another length, or none."""
+    data = object.__new__(ResponseData)
+    data.__dict__ = {**response.data.__dict__, "headers": Headers(response.headers.fields)}
+    kept = object.__new__(Response)
+    kept.__dict__ = {**response.__dict__, "data": data}
+    return kept
 
 
 class _Chunked:
