@@ -117,6 +117,7 @@ def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(prog="bench/run", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="short repetitions; prints, writes nothing")
+    parser.add_argument("--write", action="store_true", help="write the results of a quick run too")
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), metavar="SCENARIO",
                         help=", ".join(SCENARIOS))  # fmt: skip
     parser.add_argument("--contestants", type=lambda text: text.split(","), default=list(CONTESTANTS), metavar="A,B",
@@ -136,8 +137,8 @@ def main() -> None:
         results[name] = {each.name: figures(each, direct) for each in (direct, *others)}
         print_scenario(scenario, results[name])
     print(f"\n{time.monotonic() - started:.0f} s")
-    if not arguments.quick and not arguments.distrust:
-        write_results(results, datetime.datetime.now(datetime.UTC).date())
+    if arguments.write or not (arguments.quick or arguments.distrust):
+        write_results(results, datetime.datetime.now(datetime.UTC).date(), quick=arguments.quick)
 
 
 if __name__ == "__main__":

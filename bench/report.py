@@ -147,11 +147,13 @@ def _markdown(scenario: Scenario, found: dict[str, Figures | str]) -> list[str]:
     return lines + [f"- {verdict}" for verdict in _verdicts(scenario, found)] + [""]
 
 
-def write_results(results: Results, date: datetime.date) -> None:
+def write_results(results: Results, date: datetime.date, *, quick: bool) -> None:
     """RESULTS.md, and the plot by the peers' interpreter, which has matplotlib."""
     text = INTRODUCTION.format(
         date=date, ours=OURS, reverse=" and ".join(REVERSE), machine=machine.description(), versions=_versions()
     )
+    if quick:
+        text += "\nA quick run: three repetitions of a second each, one of what takes long.\n"
     text += "\n![How many times as good as the fast lane each contestant is](results.svg)\n\n"
     text += "\n".join(line for name, found in results.items() for line in _markdown(SCENARIOS[name], found))
     (HERE / "RESULTS.md").write_text(text.rstrip() + "\n")
