@@ -19,7 +19,6 @@ from proxy.validation import did_you_mean
 from proxy.yamltree import kind_of
 
 INJECT_KINDS = tuple(kind for kind in KINDS if kind != "static")
-LATER = "not available in this version"
 _VERSION = 1
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
 _AGENT = re.compile(r"[A-Za-z0-9._*-]+")
