@@ -33,8 +33,9 @@ def proxy(lane: str, make_proxy: Make) -> Proxy:
 
 
 @pytest.fixture(scope="module")
-def key(proxy: Proxy) -> str:
+def key(proxy: Proxy, _shared_plain_upstream: Upstream) -> str:
     """Of the gateway `one`, which speaks for coders."""
+    _shared_plain_upstream.reset()  # of what the module before this one left
     return added(proxy, "one")
 
 
