@@ -113,7 +113,15 @@ def test_two_tokens_for_two_agents_conflict(proxy: Proxy, key: str, plain_upstre
 
 def test_a_killed_agent_is_refused_whoever_speaks_for_it(proxy: Proxy, key: str, plain_upstream: Upstream) -> None:
     proxy.cli("agent", "kill", "coder-2")
-    killed = wait_for(lambda: answer if (answer := ask(proxy.connect(), mint(key, "coder-2"))).status != 200 else None)
+
+    def refusal() -> Response | None:
+        try:
+            answer = ask(proxy.connect(), mint(key, "coder-2"))
+        except ConnectionError:  # the kill met it under way, and cut it
+            return None
+        return answer if answer.status != 200 else None
+
+    killed = wait_for(refusal)
     refused(killed, "agent_killed")
     proxy.cli("agent", "revive", "coder-2")
     wait_for(lambda: ask(proxy.connect(), mint(key, "coder-2")).status == 200)
