@@ -47,7 +47,12 @@ class Leaf:
     @cached_property
     def pem(self) -> bytes:
         """Key and certificates, as the standard library's ssl loads them."""
-        return self.key_pem + pem(self.certificate, *self.chain)
+        return self.key_pem + self.certificates_pem
+
+    @property
+    def certificates_pem(self) -> bytes:
+        """The certificates alone."""
+        return pem(self.certificate, *self.chain)
 
     @cached_property
     def renew(self) -> datetime.datetime:

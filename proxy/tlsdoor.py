@@ -20,6 +20,7 @@ from proxy.tls import CIPHERS
 
 HANDSHAKE = 10.0  # seconds
 NAMES = 32  # names a listener shows certificates for: any client may ask for any
+_NO_KEY = "/dev/null/key"
 _TELL = 10.0  # seconds between two lines in the log about handshakes that failed
 _log = logging.getLogger("sallyport")
 
@@ -88,10 +89,22 @@ class TlsDoor:
             _log.warning("a TLS handshake on %s failed: %s", listener.address, why)
 
 
-def load_leaf(context: ssl.SSLContext, leaf: Leaf) -> None:
-    """Have a context show a leaf. ssl loads a chain only from a file, so it gets one that is nowhere on a disk."""
+def load_leaf(context: ssl.SSLContext, leaf: Leaf, *, has_key: bool = False) -> None:
+    """Have a context show a leaf. ssl loads a chain only from a file, so it gets one that is nowhere on a disk.
+
+    The key takes 500 us of 800. A context that `has_key`, from another leaf, is given none, and keeps the one it has:
+    OpenSSL reads the certificates first, and drops a key that does not belong to them.
+    """
     memory = os.memfd_create("leaf", os.MFD_CLOEXEC)
-    with open(memory, "wb") as file:
-        file.write(leaf.pem)
-        file.flush()
-        context.load_cert_chain(f"/proc/self/fd/{memory}")
+    with open(memory, "wb", buffering=0) as file:
+        path = f"/proc/self/fd/{memory}"
+        if not has_key:
+            file.write(leaf.pem)
+            context.load_cert_chain(path)
+            return
+        file.write(leaf.certificates_pem)
+        try:
+            context.load_cert_chain(path, _NO_KEY)
+        except NotADirectoryError:  # said of the key's file alone, and the certificates are loaded
+            return
+        raise ssl.SSLError("a certificate was loaded with a key from nowhere")

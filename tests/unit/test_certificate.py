@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
 from proxy.address import Host
@@ -47,6 +49,51 @@ def test_a_chain_leads_to_the_old_root_and_to_the_new_one(root: x509.Certificate
     subject = x509.IPAddress(host.ip) if host.ip else x509.DNSName(host.name)
     verifier = PolicyBuilder().store(Store([root])).time(NOW).build_server_verifier(subject)
     verifier.verify(leaf.certificate, [CROSS])
+
+
+LONG = ".".join(["a" * 50] * 5)[:253]
+
+
+@pytest.mark.parametrize("year", [1999, 2026, 2049, 2050, 2051])
+@pytest.mark.parametrize("name", ["a.test", "a" * 63 + ".test", LONG, "xn--bcher-kva.test", "10.0.0.1", "2001:db8::1"])
+def test_a_leaf_is_byte_for_byte_what_cryptography_would_make(name: str, year: int) -> None:
+    """Where the CA's own name is of two parts too. The signature is another one each time."""
+    now = datetime.datetime(year, 1, 1, 0, 30, 7, 89, datetime.UTC)
+    attributes = (x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Ours"), x509.NameAttribute(NameOID.COMMON_NAME, "CA"))
+    issuer_name = x509.Name(attributes)
+    issuer = (
+        x509.CertificateBuilder(issuer_name, issuer_name, NEW_KEY.public_key(), 1, NOW, NOW + DAY)
+        .add_extension(x509.SubjectKeyIdentifier(b"id"), critical=False)
+        .sign(NEW_KEY, hashes.SHA256())
+    )
+    host = Host.parse(name)
+    made = make_leaf(host, leaves_of(LEAF_KEY, issuer), NEW_KEY, now)
+    named = not host.ip and len(name) <= 64
+    common_name = [x509.NameAttribute(NameOID.COMMON_NAME, name)] if named else []
+    alternative = x509.IPAddress(host.ip) if host.ip else x509.DNSName(name)
+    usage = [False] * 8
+    expected = (
+        x509.CertificateBuilder(issuer_name, x509.Name(common_name), LEAF_KEY.public_key(), made.serial_number)
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + DAY)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(LEAF_KEY.public_key()), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.KeyUsage(True, *usage), critical=True)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.AuthorityKeyIdentifier(b"id", None, None), critical=False)
+        .add_extension(x509.SubjectAlternativeName([alternative]), critical=not named)
+        .sign(NEW_KEY, hashes.SHA256())
+    )
+    assert made.tbs_certificate_bytes == expected.tbs_certificate_bytes
+    assert made.signature_algorithm_oid == expected.signature_algorithm_oid
+    made.verify_directly_issued_by(issuer)
+
+
+@pytest.mark.parametrize("number", [1, 0x7F, 0x80, 2**158 - 1, 2**159 - 1])
+def test_a_serial_number_is_positive_and_as_short_as_it_can_be(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """X.690 section 8.3.2, RFC 5280 section 4.1.2.2."""
+    monkeypatch.setattr(x509, "random_serial_number", lambda: number)
+    assert signed_by(NEW, NEW_KEY).serial_number == number
 
 
 def test_without_the_chain_the_old_root_does_not_do() -> None:
