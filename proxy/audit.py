@@ -23,7 +23,7 @@ from proxy.problem import UserError
 
 QUEUE = 10_000  # exchanges waiting; more are dropped and counted
 GROUP = 1_000  # lines in one commit
-LINGER = 0.01  # seconds a group waits for company: 100 syncs a second at most, at any load
+LINGER = 0.04  # seconds a group waits for company: 25 syncs a second at most, at any load
 RETRY = 1.0  # seconds between tries while the disk is full or the file cannot be opened
 TAIL = 1024 * 1024  # bytes in which the last whole line is looked for
 _STDOUT = 1

@@ -17,12 +17,13 @@ _WHOLE = re.compile(rb"\{.*\}")
 def link(data: bytes, last: str) -> tuple[bytes, str]:
     """Whole lines of JSON objects with `prev` and `hash` added to each, and the hash of the last; `last` comes before
     them. The hash is SHA-256 of the line as it is without its last field."""
-    out = []
+    before = last.encode()
+    out: list[bytes] = []
     for line in data.split(b"\n")[:-1]:
-        body = b'%s%s"prev":"%s"' % (line[:-1], b"," if len(line) > 2 else b"", last.encode())
-        last = sha256(body + b"}").hexdigest()
-        out.append(b'%s,"hash":"%s"}\n' % (body, last.encode()))
-    return b"".join(out), last
+        body = b'%b%b"prev":"%b"' % (line[:-1], b"," if len(line) > 2 else b"", before)
+        before = sha256(body + b"}").hexdigest().encode()
+        out += body, b',"hash":"', before, b'"}\n'
+    return b"".join(out), before.decode()
 
 
 def last_hash(tail: bytes) -> str:

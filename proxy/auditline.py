@@ -11,7 +11,10 @@ from json.encoder import encode_basestring_ascii
 from math import isfinite
 
 from proxy.agent import Agent
-from proxy.exchange import Exchange
+from proxy.exchange import Exchange, Injected
+
+_MOST = 1024  # texts remembered of each kind
+_SHORT = 256  # characters: only such paths are worth remembering
 
 
 def line(exchange: Exchange) -> bytes:
@@ -20,32 +23,53 @@ def line(exchange: Exchange) -> bytes:
 
     Raises ValueError or TypeError for what JSON cannot say.
     """
-    agent = exchange.agent
-    injected = ",".join(
-        [
-            f'{{"credential":{_text(one.credential)},"version":{one.version},"location":{_text(one.location)}}}'
-            for one in exchange.injected
-        ]
-    )
     redacted = ",".join(
         [
             f'{{"credential":{_text(name)},"where":{_text(where)},"count":{count}}}'
             for (name, where), count in exchange.redacted.items()
         ]
     )
+    asked = _asked if len(exchange.path) <= _SHORT else _asked.__wrapped__
+    injected = _injected(tuple(exchange.injected)) if exchange.injected else ""
+    duration, decision = exchange.duration * 1e3, exchange.decision_duration * 1e6
+    if not isfinite(duration + decision):
+        raise ValueError("not a number of JSON")
     return (
-        f'{{"time":"{_time(exchange.time)}","id":{_text(exchange.id)},{_agent(agent)},'
-        f'"listener":{_text(exchange.listener)},"identity":[{",".join(map(_text, exchange.identity))}],'
-        f'"client":{_text(exchange.client)},"method":{_text(exchange.method)},"scheme":{_text(exchange.scheme)},'
-        f'"host":{_text(exchange.host)},"port":{exchange.port},"path":{_text(exchange.path.partition("?")[0])},'
-        f'"verdict":"{exchange.verdict}","reason":"{exchange.reason}","rule":{_text_or_null(exchange.rule)},'
-        f'"rule_at":{_text_or_null(exchange.rule_at)},"policy":{_text_or_null(exchange.policy)},'
+        f'{{"time":"{_time(exchange.time)}","id":{_text(exchange.id)},{_agent(exchange.agent)},'
+        f'"listener":{_known(exchange.listener)},"identity":[{_proofs(tuple(exchange.identity))}],'
+        f'"client":{_known(exchange.client)},'
+        f"{asked(exchange.method, exchange.scheme, exchange.host, exchange.port, exchange.path)},"
+        f'"verdict":"{"allow" if exchange.allowed else "block"}","reason":"{exchange.reason._value_}",'
+        f"{_decided(exchange.rule, exchange.rule_at, exchange.policy)},"
         f'"rewritten":{"true" if exchange.rewritten else "false"},"injected":[{injected}],"redacted":[{redacted}],'
         f'"status":{exchange.status or "null"},"request_bytes":{exchange.request_bytes},'
-        f'"response_bytes":{exchange.response_bytes},"duration_ms":{_number(exchange.duration * 1e3, 3)},'
-        f'"decision_us":{_number(exchange.decision_duration * 1e6, 1)},'
-        f'"upstream_ip":{_text_or_null(exchange.upstream_ip)},"trace_id":{_text_or_null(exchange.trace_id)}{_leak(exchange)}}}\n'
+        f'"response_bytes":{exchange.response_bytes},"duration_ms":{duration:.3f},"decision_us":{decision:.1f},'
+        f'"upstream_ip":{_known(exchange.upstream_ip) if exchange.upstream_ip else "null"},'
+        f'"trace_id":{_text(exchange.trace_id) if exchange.trace_id else "null"}{_leak(exchange)}}}\n'
     ).encode("ascii")
+
+
+@lru_cache(maxsize=_MOST)
+def _asked(method: str, scheme: str, host: str, port: int, path: str) -> str:
+    return (
+        f'"method":{_text(method)},"scheme":{_text(scheme)},"host":{_text(host)},"port":{port},'
+        f'"path":{_text(path.partition("?")[0])}'
+    )
+
+
+@lru_cache(maxsize=_MOST)
+def _decided(rule: str, rule_at: str, policy: str) -> str:
+    return f'"rule":{_text_or_null(rule)},"rule_at":{_text_or_null(rule_at)},"policy":{_text_or_null(policy)}'
+
+
+@lru_cache(maxsize=_MOST)
+def _injected(injected: tuple[Injected, ...]) -> str:
+    return ",".join(
+        [
+            f'{{"credential":{_text(one.credential)},"version":{one.version},"location":{_text(one.location)}}}'
+            for one in injected
+        ]
+    )
 
 
 def _text(value: str) -> str:
@@ -56,15 +80,34 @@ def _text(value: str) -> str:
     return quoted
 
 
+_known = lru_cache(maxsize=_MOST)(_text)  # of texts that come again
+
+
 def _text_or_null(value: str) -> str:
     return _text(value) if value else "null"
 
 
 def _agent(agent: Agent | None) -> str:
+    """Remembered by the object, which does not change: labels have no hash."""
     if agent is None:
         return '"agent":null,"labels":{},"on_behalf_of":null'
+    known = _agents.get(id(agent))
+    if known and known[0] is agent:
+        return known[1]
     labels = ",".join([f"{_text(key)}:{_text(value)}" for key, value in agent.labels.items()])
-    return f'"agent":{_text(agent.id)},"labels":{{{labels}}},"on_behalf_of":{_text_or_null(agent.on_behalf_of)}'
+    said = f'"agent":{_text(agent.id)},"labels":{{{labels}}},"on_behalf_of":{_text_or_null(agent.on_behalf_of)}'
+    if len(_agents) >= _MOST:
+        _agents.clear()
+    _agents[id(agent)] = agent, said
+    return said
+
+
+_agents: dict[int, tuple[Agent, str]] = {}
+
+
+@lru_cache(maxsize=_MOST)
+def _proofs(identity: tuple[str, ...]) -> str:
+    return ",".join(map(_text, identity))
 
 
 def _leak(exchange: Exchange) -> str:
@@ -75,16 +118,10 @@ def _leak(exchange: Exchange) -> str:
     return f',"leak":{{"kind":{kind},"name":{name},"where":{where}}}'
 
 
-def _number(value: float, digits: int) -> float:
-    if not isfinite(value):
-        raise ValueError("not a number of JSON")
-    return round(value, digits)
-
-
 def _time(seconds: float) -> str:
     """RFC 3339 section 5.6, in UTC with microseconds."""
-    micros = round(seconds * 1e6)
-    return f"{_second(micros // 1_000_000)}.{micros % 1_000_000:06d}Z"
+    whole, micros = divmod(int(seconds * 1e6 + 0.5), 1_000_000)
+    return f"{_second(whole)}.{micros:06d}Z"
 
 
 @lru_cache(maxsize=16)
