@@ -48,6 +48,7 @@ from proxy.policy import Decision, Policy, Rule
 from proxy.reason import Reason
 from proxy.redact import Replacer, secret_replacer
 from proxy.relay import RelayLayer
+from proxy.replay import Replays
 from proxy.request import Ambiguous, RequestView
 from proxy.settingvalue import Listener
 from proxy.signing import sign_request
@@ -128,6 +129,8 @@ class Addon:
             tuple[str, int, tuple[tuple[str, bytes], ...]], tuple[Mapping[str, Lease] | None, Replacer | None]
         ] = {}
         self._replacer = functools.lru_cache(maxsize=64)(_replacer)
+        self.replays = Replays(self)
+        runtime.on_leases = self.replays.forget
         self._frame_budget = functools.lru_cache(maxsize=4096)(lambda _agent: FrameBudget())
 
     # Connections
@@ -169,6 +172,8 @@ class Addon:
             if not self.by_agent[agent]:
                 del self.by_agent[agent]
         self.runtime.metrics.connection(peer.listener.address, -1)
+        if peer.replay:
+            self.runtime.finish(peer.replay)
         for flow in list(peer.open.values()):
             self._record(flow)
 
@@ -420,12 +425,12 @@ class Addon:
             return
         outbound = approved.outbound
         target = outbound.view
-        self.runtime.leaks.check(view, target, formats=approved.scan)
+        clean = self.runtime.leaks.check(view, target, formats=approved.scan)
         state.guarded = target, approved.scan
         if view.upgrade:
             state.may_send = functools.partial(self.may_send, flow)
         state.redactor = self._redactor(target, secrets_sent(outbound))
-        state.response_edits = approved.response_edits
+        state.response_edits, state.rules = approved.response_edits, approved.rules
         # One for all requests under way to a place: its failure is told to each of them.
         place = target.host.name, target.port
         dial = peer.dials.get(place)
@@ -445,6 +450,7 @@ class Addon:
             self._stream_request(flow, state)
         if state.body_limit and flow.request.stream:
             flow.request.stream = self._bounded(flow, *state.body_limit)
+        state.rests_on = self.replays.ground(known=clean and not leases)
         state.sent_at = time.perf_counter()
         state.decided = True
 
@@ -922,18 +928,12 @@ class Addon:
         peer = self.peers.get(flow.client_conn.id)
         if peer:
             peer.open.pop(id(flow), None)
-        exchange = state.exchange
-        if exchange is None or state.recorded:
-            return
-        state.recorded = True
-        exchange.duration = max(0.0, self.runtime.clock() - exchange.time)
-        if state.response_body:
-            exchange.count_redacted(state.response_body.found, "body")
-        if not exchange.status and flow.response:
-            exchange.status = flow.response.status_code
-        if state.answered and flow.response:
-            exchange.response_bytes = len(flow.response.raw_content or b"")
-        self.runtime.record(exchange)
+        if state.exchange and flow.response:
+            if not state.exchange.status:
+                state.exchange.status = flow.response.status_code
+            if state.answered:
+                state.exchange.response_bytes = len(flow.response.raw_content or b"")
+        self.runtime.finish(state)
 
 
 def _replacer(secrets: tuple[tuple[str, frozenset[bytes]], ...]) -> Replacer | None:

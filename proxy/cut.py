@@ -7,11 +7,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-from mitmproxy import http
-
 from proxy.addon import Addon
 from proxy.agent import AgentState
-from proxy.flow import state_of
+from proxy.flow import FlowState, state_of
 from proxy.guard import where
 from proxy.peer import Peer
 from proxy.reason import Reason
@@ -26,14 +24,14 @@ def cut_ended(addon: Addon, revoked: frozenset[str]) -> None:
     for peer in list(addon.peers.values()):
         if peer.tunnel:
             why = ended.why(peer.tunnel.agent_id, peer.tunnel.proofs)
-            working = [(flow, why) for flow in peer.open.values()] if why else []
+            working = [(state, why) for state in _states(peer)] if why else []
         else:
             working = list(_working(peer, ended))
             idle = bool(peer.agents) and not peer.open
             why = working[0][1] if working else idle and all(ended.why(name, ()) for name in peer.agents)
         try:
-            for flow, reason in working:
-                _record(addon, peer, flow, reason)
+            for state, reason in working:
+                _record(addon, state, reason)
         except Exception as error:  # what cannot be put on record is cut all the same, and so are the others
             _log.error("a cut exchange could not be recorded: %s", where(error))
         if why:
@@ -55,18 +53,21 @@ class _Ended:
         return Reason.BAD_IDENTITY if agent is None or ("token" in proofs and agent_id in self._revoked) else None
 
 
-def _working(peer: Peer, ended: _Ended) -> Iterator[tuple[http.HTTPFlow, Reason]]:
+def _states(peer: Peer) -> list[FlowState]:
+    """What a connection is at work with."""
+    return [*map(state_of, peer.open.values()), *([peer.replay] if peer.replay else [])]
+
+
+def _working(peer: Peer, ended: _Ended) -> Iterator[tuple[FlowState, Reason]]:
     """The exchanges of a connection that many agents may share, as far as their agent's right has ended."""
-    for flow in peer.open.values():
-        exchange = state_of(flow).exchange
+    for state in _states(peer):
+        exchange = state.exchange
         if exchange and exchange.agent and (why := ended.why(exchange.agent.id, tuple(exchange.identity))):
-            yield flow, why
+            yield state, why
 
 
-def _record(addon: Addon, peer: Peer, flow: http.HTTPFlow, reason: Reason) -> None:
+def _record(addon: Addon, state: FlowState, reason: Reason) -> None:
     """Put a cut exchange on record as it is now: its own object may still change while it ends."""
-    state = state_of(flow)
-    peer.open.pop(id(flow), None)
     exchange = state.exchange
     if exchange is None or state.recorded:
         return

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from mitmproxy import http
 from mitmproxy.net.http import http1
@@ -18,6 +19,7 @@ from proxy.bodymatch import Body
 from proxy.coding import Undecodable, narrow_accept_encoding
 from proxy.exchange import Exchange, Injected
 from proxy.framing import HeaderBlock
+from proxy.http1 import ResponseHead, response_bytes
 from proxy.outbound import Opened, edit_headers
 from proxy.policy import Answer, Edit, Rule
 from proxy.proof import Told
@@ -25,6 +27,9 @@ from proxy.reason import Reason
 from proxy.redact import BodyRedactor, Replacer, ReplacerStream
 from proxy.request import DEFAULT_PORTS, Ambiguous, Field, HeaderFacts, RequestView, fold, strip_headers
 from proxy.upstream import Refused
+
+if TYPE_CHECKING:
+    from proxy.replay import Ground, Settled
 
 STATE = "sallyport"
 MAX_CONTROL = 125  # bytes in a control frame (RFC 6455 section 5.5)
@@ -77,6 +82,7 @@ class FlowState:
     stopped: Refused | None = None  # while its body was on its way
     streamed: bool = False  # bytes of its body may have left
     block: HeaderBlock | None = None  # where the fast lane read it
+    answer: ResponseHead | None = None  # where the fast lane read it
     whole: bytes | None = None  # the body of the response, where all of it came with the head
     guarded: tuple[RequestView, bool] | None = None  # where to, and whether keys are looked for by their form
     held: tuple[int, Callable[[], None]] | None = None  # a body for a rule: bytes at most, and what refuses more
@@ -84,6 +90,9 @@ class FlowState:
     may_send: Callable[[bytes], bool] = lambda _: False  # on a WebSocket
     close: bool = False  # the client wants the connection closed (RFC 9112 section 9.6)
     http10: bool = False
+    settled: Settled | None = None  # what was decided for the same request before
+    rules: tuple[Rule, ...] = ()  # whose obligations were met
+    rests_on: Ground | None = None  # what the decision rested on, where that is all that the next one would rest on
 
     def __init__(
         self, scheme: str = "", authority: str = "", exchange: Exchange | None = None, block: HeaderBlock | None = None
@@ -257,20 +266,24 @@ def _response(status: int, headers: Iterable[Field], body: bytes) -> http.Respon
     return http.Response.make(status, body, http.Headers(list(headers)))
 
 
-def clean_response_headers(flow: http.HTTPFlow, edits: Iterable[Edit], redactor: Replacer | None) -> None:
+def clean_response_headers(flow: http.HTTPFlow, edits: tuple[Edit, ...], redactor: Replacer | None) -> None:
     """Strip what is ours or of one hop, apply the rule's edits, redact names and values."""
     response = flow.response
     assert response
     state, data = state_of(flow), response.data
+    head = None if state.close or state.http10 else state.answer
+    if head and (known := head.cleaned) and known.redactor is redactor and known.edits is edits:
+        data.headers = fast_headers(known.fields)
+        return
     upgraded = data.status_code == 101
     fields = [field for field in data.headers.fields if _passes_back(field[0]) or (upgraded and _is_upgrade(field[0]))]
     for edit in edits:
         fields = edit_headers(fields, edit)
-    values = b"\0".join([part for field in fields for part in field])
+    values = b"\0".join([data.reason, *[part for field in fields for part in field]])
     if b"\n" in values or b"\r" in values:
         fields = [(name, _LINE_BREAK.sub(b" ", value)) for name, value in fields]
-    if redactor and (redactor.finds(values) or redactor.finds(data.reason)):
-        exchange = state.exchange
+    if redactor and redactor.finds(values):
+        exchange, head = state.exchange, None
         fields = _redacted_fields(fields, redactor, exchange)
         data.reason = _redacted(data.reason, redactor, exchange)
     if upgraded:
@@ -281,6 +294,33 @@ def clean_response_headers(flow: http.HTTPFlow, edits: Iterable[Edit], redactor:
         fields.append((b"Connection", b"close"))
     data.headers = fast_headers(fields)
     _frame(flow, response)
+    if head:
+        passed: tuple[Field, ...] = data.headers.fields
+        coded = any(name.lower() == b"content-encoding" for name, _ in passed)
+        head.cleaned = Cleaned(redactor, edits, passed, response_bytes(data.status_code, data.reason, passed), coded)
+
+
+@dataclass(frozen=True, slots=True)
+class Cleaned:
+    """A response head as it is passed on where no secret is in it: `lines` are all its bytes. Good for the same
+    `redactor` and `edits`."""
+
+    redactor: Replacer | None
+    edits: tuple[Edit, ...]
+    fields: tuple[Field, ...]
+    lines: bytes
+    coded: bool
+
+
+def cleaned_lines(flow: http.HTTPFlow) -> bytes:
+    """The bytes of the head of a response."""
+    head, response = state_of(flow).answer, flow.response
+    assert response
+    data = response.data
+    known: Cleaned | None = head.cleaned if head else None
+    if known and known.fields is data.headers.fields:
+        return known.lines
+    return response_bytes(data.status_code, data.reason, data.headers.fields)
 
 
 _NOT_BACK = frozenset(
@@ -395,8 +435,12 @@ def redact_whole(flow: http.HTTPFlow, redactor: Replacer) -> bool:
     assert state.whole is not None
     if _has_no_body(flow):
         return True
-    fields = response.data.headers.fields
-    if any(name.lower() == b"content-encoding" for name, _ in fields):
+    fields, head = response.data.headers.fields, state.answer
+    if head and (known := head.cleaned) and known.fields is fields:
+        coded = known.coded
+    else:
+        coded = any(name.lower() == b"content-encoding" for name, _ in fields)
+    if coded:
         return False
     if redactor.finds(state.whole):
         state.whole = _redacted(state.whole, redactor, state.exchange, "body")

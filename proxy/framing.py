@@ -11,7 +11,7 @@ from proxy.request import Field, HeaderFacts
 HEAD_END = b"\r\n\r\n"
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
-_LINE = re.compile(rb"(%b) ([\x21-\x7e]++) (HTTP/1\.[01])\r\n" % _TOKEN)
+LINE = re.compile(rb"(%b) ([\x21-\x7e]++) (HTTP/1\.[01])\r\n" % _TOKEN)
 FIELD_LINES = rb"(?:%b:[\x21-\x7e\x80-\xff \t]*+\r\n)*+\r\n" % _TOKEN
 _BLOCK = re.compile(FIELD_LINES)
 _FIELD = re.compile(rb"([^:]++):[ \t]*+([^\r]*+)\r\n")  # of lines that are known to be sound
@@ -31,7 +31,7 @@ class HeaderBlock:
     LF (section 2.2), line folding (5.2), several Host headers (3.2).
     """
 
-    __slots__ = ("_facts", "codings", "expect", "fields", "lengths", "upgrade")
+    __slots__ = ("_facts", "coded", "codings", "expect", "fields", "lengths", "upgrade")
 
     def __init__(self, lines: bytes) -> None:
         if not _BLOCK.fullmatch(lines):
@@ -39,7 +39,7 @@ class HeaderBlock:
         self.fields = split_fields(lines, 0)
         self.lengths: list[bytes] = []
         self.codings: list[bytes] = []
-        self.upgrade = self.expect = False
+        self.upgrade = self.expect = self.coded = False
         self._facts: HeaderFacts | None = None
         hosts = 0
         for name, value in self.fields:
@@ -52,6 +52,8 @@ class HeaderBlock:
                     self.codings.append(value.lower())
                 case b"upgrade":
                     self.upgrade = True
+                case b"content-encoding":
+                    self.coded = True
                 case b"expect":
                     self.expect |= value.lower() == b"100-continue"
         if hosts > 1:
@@ -61,6 +63,11 @@ class HeaderBlock:
         return isinstance(other, HeaderBlock) and self.fields == other.fields
 
     __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def plain(self) -> bool:
+        """Whether what follows the head is known from it, can be read as it is, and is no other protocol."""
+        return not (self.codings or self.coded or self.expect or self.upgrade or len(self.lengths) > 1)
 
     @property
     def facts(self) -> HeaderFacts:
@@ -111,7 +118,7 @@ def read_head(raw: bytes) -> RequestHead:
     Raises BadMessage, beside what `HeaderBlock` refuses: for Content-Length twice or beside Transfer-Encoding (RFC 9112
     section 6.3), and for any coding but chunked (6.1).
     """
-    line = _LINE.match(raw)
+    line = LINE.match(raw)
     if not line:
         raise BadMessage("the request line is malformed")
     lines = raw[line.end() :]

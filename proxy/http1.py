@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 from proxy.framing import FIELD_LINES, HEAD_END, read_head, split_fields
 from proxy.framing import BadMessage as BadMessage
@@ -18,6 +20,7 @@ HEAD_SECONDS = 30.0  # a head may take from its first byte
 LINGER_SECONDS = 2.0
 MAX_CHUNK_LINE = 256  # bytes of a chunk's size with its extensions, which are dropped
 MAX_TRAILERS = 16384  # bytes, dropped too
+_SHORT = 2048  # bytes: only such heads are worth remembering
 
 _RESPONSE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?(\r\n)" + FIELD_LINES)
 _TRAILERS = re.compile(FIELD_LINES)
@@ -31,7 +34,8 @@ _MARKED = re.compile(rb"\n((?i:content-length|transfer-encoding|connection)):[ \
 
 @dataclass(slots=True)
 class ResponseHead:
-    """A status line and headers. `length`: bytes of the body, None for chunked, -1 until the connection closes."""
+    """A status line and headers. `length`: bytes of the body, None for chunked, -1 until the connection closes. One may
+    stand for several responses with the same bytes: `cleaned` is for who passes it on, to note in what form."""
 
     version: bytes
     status: int
@@ -39,6 +43,7 @@ class ResponseHead:
     headers: tuple[Field, ...]
     length: int | None = 0
     keep_alive: bool = True
+    cleaned: Any = field(default=None, compare=False)
 
 
 def parse_request(buffer: bytearray, limit: int) -> RequestHead | None:
@@ -69,8 +74,9 @@ def parse_response(buffer: bytearray, method: bytes, limit: int) -> ResponseHead
     Raises BadMessage.
     """
     end = buffer.find(HEAD_END, 0, limit) + len(HEAD_END)
-    match = _RESPONSE.fullmatch(bytes(buffer[:end]))  # what is sound holds no other empty line before this one
-    if not match:
+    raw = bytes(buffer[:end])
+    head = response_head(raw, method == b"HEAD")
+    if head is None:
         blank = _BLANK_LINE.search(buffer, 0, limit)
         if not blank:
             if len(buffer) >= limit:
@@ -79,20 +85,35 @@ def parse_response(buffer: bytearray, method: bytes, limit: int) -> ResponseHead
         end = blank.end()
         del blank  # it holds on to the buffer
         raw = bytes(buffer[:end])
-        match = None if _FOLDED_FIRST.match(raw) else _RESPONSE.fullmatch(_mended(raw))
-    if not match:
+        head = None if _FOLDED_FIRST.match(raw) else _read_response(_mended(raw), method == b"HEAD")
+    if head is None:
         raise BadMessage("the answer is not HTTP")
     del buffer[:end]
+    return head
+
+
+def _read_response(raw: bytes, of_head: bool) -> ResponseHead | None:
+    match = _RESPONSE.fullmatch(raw)
+    if not match:
+        return None
     minor, status, phrase, _ = match.groups()
     head = ResponseHead(
-        b"HTTP/1." + minor, int(status), phrase or b"", split_fields(match.string, match.end(4)), -1, minor == b"1"
+        b"HTTP/1." + minor, int(status), phrase or b"", split_fields(raw, match.end(4)), -1, minor == b"1"
     )
-    _frame(head, match.string)
-    if method == b"HEAD" or head.status < 200 or head.status in (204, 304):
+    _frame(head, raw)
+    if of_head or head.status < 200 or head.status in (204, 304):
         head.length = 0  # RFC 9112 section 6.3, case 1
     elif head.length == -1:
         head.keep_alive = False
     return head
+
+
+_remembered = lru_cache(maxsize=256)(_read_response)  # what is asked again and again is answered alike
+
+
+def response_head(raw: bytes, of_head: bool) -> ResponseHead | None:
+    """The head that `raw` is, if it is a sound one; `of_head`: it answers a HEAD. Raises BadMessage."""
+    return _remembered(raw, of_head) if len(raw) <= _SHORT else _read_response(raw, of_head)
 
 
 def _mended(raw: bytes) -> bytes:
@@ -226,16 +247,16 @@ class Body:
 
 def request_bytes(method: bytes, target: bytes, headers: tuple[Field, ...]) -> bytes:
     """A request head."""
-    lines = [b"%b %b HTTP/1.1\r\n" % (method, target)]
-    lines += [b"%b: %b\r\n" % field for field in headers]
-    return b"".join(lines) + b"\r\n"
+    return b"%b %b HTTP/1.1\r\n%b" % (method, target, _field_lines(headers))
 
 
 def response_bytes(status: int, phrase: bytes, headers: tuple[Field, ...]) -> bytes:
     """A response head."""
-    lines = [b"HTTP/1.1 %d %b\r\n" % (status, phrase)]
-    lines += [b"%b: %b\r\n" % field for field in headers]
-    return b"".join(lines) + b"\r\n"
+    return b"HTTP/1.1 %d %b\r\n%b" % (status, phrase, _field_lines(headers))
+
+
+def _field_lines(headers: tuple[Field, ...]) -> bytes:
+    return b"\r\n".join([*map(b": ".join, headers), b"\r\n"]) if headers else b"\r\n"
 
 
 def chunk(data: bytes) -> bytes:

@@ -10,7 +10,7 @@ import logging
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from random import getrandbits
 from typing import Any, Protocol
 
@@ -23,7 +23,8 @@ from proxy.addon import Addon
 from proxy.arrival import Arrival, Door
 from proxy.clienthello import MAX_HELLO, ClientHello, is_tls, parse_client_hello
 from proxy.contexts import Contexts
-from proxy.flow import STATE, FlowState, Tunnel, fast_headers, state_of
+from proxy.flow import STATE, FlowState, Tunnel, cleaned_lines, fast_headers, state_of
+from proxy.framing import HEAD_END
 from proxy.guard import where
 from proxy.http1 import (
     CONSUMED_BODY,
@@ -44,9 +45,10 @@ from proxy.http1 import (
     response_bytes,
 )
 from proxy.poller import Channel, Poller, Strand
-from proxy.pool import CONNECT_TIMEOUT, Place, Pool, UpstreamConnection
+from proxy.pool import CONNECT_TIMEOUT, Place, Pool, Shelf, UpstreamConnection
 from proxy.reason import Reason
 from proxy.relay import Relay
+from proxy.replay import Settled
 from proxy.runtime import Runtime
 from proxy.upstream import Refused
 
@@ -64,6 +66,7 @@ _ABSOLUTE = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)(.*)", re.DOTALL)
 _REGULAR = mode_specs.ProxyMode.parse("regular")
 _CLIENT = vars(Client(peername=("", 0), sockname=("", 0), state=ConnectionState.OPEN, proxy_mode=_REGULAR))
 _NOWHERE = Server(address=None)
+_NO_BODY = Body(0)
 ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -81,6 +84,11 @@ class Stack(Protocol):
         decrypted: bool,
     ) -> None:
         """Drive a connection from here on; `client` and `arrival` say whose it is where the socket does not tell."""
+
+
+type Pump = Callable[[UpstreamConnection], Strand]  # begins to send a request's body
+
+type Begun = tuple[UpstreamConnection, OSError | None]  # where a request was sent already, and what came of it
 
 
 class Failed(Exception):
@@ -216,11 +224,14 @@ class Connection:
         self.addon = lane.addon
         self.idle = lane.limits.idle
         self.channel = Channel(lane.poller, sock)
+        self.channel.on_event = self._stirred
         self.buffer = bytearray()
         self.client: Client | None = None
         self.inside = False  # a tunnel
         self.redirected_tls = False  # TLS without a CONNECT before it
         self.busy = False  # with an exchange
+        self.asking = False  # an upstream: what the client may still say is of no interest
+        self.raw = b""  # what was read of a request, where that was a head and nothing else
         self.upstream: UpstreamConnection | None = None
 
     def start(self) -> None:
@@ -228,7 +239,7 @@ class Connection:
         Strand(self._serve(), self._ended).step()
 
     def _ended(self, error: BaseException | None) -> None:
-        if error is None:
+        if error is None and not self.channel.hung_up:  # else nobody is there to hear it
             self.channel.say_goodbye()
         self.abort()
         if self.client:
@@ -243,6 +254,11 @@ class Connection:
         if self.upstream:
             self.upstream.channel.close()
             self.upstream = None
+
+    def _stirred(self, hung_up: bool) -> None:
+        """A client that hangs up while it is not listened to wants no answer any more."""
+        if hung_up and self.asking:
+            self.abort()
 
     # What is taken, and what is handed over
 
@@ -269,7 +285,14 @@ class Connection:
         while True:
             head = await self._head()
             if head is None:
+                await self.channel.send(b"", self.idle)
                 return
+            if isinstance(head, FlowState):
+                self.busy = True
+                if not await self._again(head):
+                    return
+                self.busy = False
+                continue
             if (head.upgrade or head.version != b"HTTP/1.1") and not self.addon.is_mismatched(self.client):
                 await self._hand_over_decrypted(head)
                 return
@@ -441,9 +464,10 @@ class Connection:
 
     # Requests
 
-    async def _head(self) -> RequestHead | None:
-        """The next request head; None when the client is gone or was told off."""
+    async def _head(self) -> RequestHead | FlowState | None:
+        """The next request head, or what is settled of the request; None when the client is gone or was told off."""
         limit, started = self.lane.limits.headers, 0.0
+        self.raw = b""
         try:
             while True:
                 if self.buffer and (head := parse_request(self.buffer, limit)):
@@ -454,6 +478,12 @@ class Connection:
                 data = await (self._exactly_a_head(patience) if not self.inside else self.channel.recv(patience))
                 if not data:
                     return None
+                if not self.buffer and self.inside and (end := data.find(HEAD_END) + 4) > 4:
+                    assert self.client
+                    self.raw, rest = data[:end], data[end:]
+                    if state := self.addon.replays.recall(self.client, self.raw):
+                        self.buffer += rest
+                        return state
                 self.buffer += data
         except BadMessage as error:
             assert self.client
@@ -492,6 +522,9 @@ class Connection:
         }
         request = object.__new__(http.Request)
         request.__dict__ = {"data": data, "stream": False}
+        return self._flow_of(request, now, FlowState(scheme.decode("latin-1"), host, block=head.block))
+
+    def _flow_of(self, request: http.Request, now: float, state: FlowState) -> http.HTTPFlow:
         flow = object.__new__(http.HTTPFlow)
         flow.__dict__ = {
             "id": "",
@@ -504,7 +537,7 @@ class Connection:
             "_backup": None,
             "marked": "",
             "is_replay": None,
-            "metadata": {STATE: FlowState(scheme.decode("latin-1"), host, block=head.block)},
+            "metadata": {STATE: state},
             "comment": "",
             "request": request,
         }
@@ -533,6 +566,65 @@ class Connection:
             return await self._forward(flow, head, body)
         except Failed as failed:
             return await self._upstream_failed(flow, failed.reason, body)
+
+    async def _again(self, state: FlowState) -> bool:
+        """As `_exchange`, for a request that was decided before. It gets a flow where that does not go as smoothly as
+        before."""
+        settled, exchange = state.settled, state.exchange
+        assert settled
+        assert exchange
+        assert self.client
+        replays, pool = self.addon.replays, self.lane.pool
+        begun: Begun | None = None
+        message = settled.message
+        if settled.length:
+            sent = await self._read_all(Body(settled.length))
+            message += sent
+            if not replays.may_leave(state, sent):
+                return await self._again_held(state, sent)
+        upstream = None if self.channel.hung_up else pool.kept(settled.shelf)
+        if upstream:
+            self.upstream, self.asking = upstream, True
+            upstream.channel.owner = self.channel.owner
+            try:
+                await upstream.channel.send_soon(message, self.idle)
+                data = await upstream.channel.recv(self.idle)
+            except OSError as error:  # TimeoutError is one
+                begun = upstream, error
+            else:
+                if answer := replays.answer(state, upstream.server, data):
+                    try:
+                        await self.channel.send_soon(answer, self.idle)
+                    finally:
+                        replays.end(self.client)  # on record whether or not somebody took it
+                    self.asking, self.upstream = False, None
+                    pool.release(upstream)
+                    return True
+                upstream.buffer += data
+                begun = upstream, None if data else ConnectionResetError()
+        flow = self._flow_of(settled.own_request(), exchange.time, state)
+        replays.take_over(flow)
+        return await self._finish(flow, settled, message, begun)
+
+    async def _again_held(self, state: FlowState, body: bytes) -> bool:
+        """Something in the body must be looked at by the hooks."""
+        settled, exchange = state.settled, state.exchange
+        assert settled
+        assert exchange
+        flow = self._flow_of(settled.own_request(), exchange.time, state)
+        self.addon.replays.take_over(flow)
+        flow.request.raw_content = body
+        self.addon.request(flow)
+        if flow.response:
+            method = flow.request.data.method
+            return await self._refuse(flow, RequestHead(method, b"", b"HTTP/1.1", settled.block), _NO_BODY)
+        return await self._finish(flow, settled, settled.message + body, None)
+
+    async def _finish(self, flow: http.HTTPFlow, settled: Settled, message: bytes, begun: Begun | None) -> bool:
+        try:
+            return await self._carry(flow, settled.shelf, message, _NO_BODY, begun=begun)
+        except Failed as failed:
+            return await self._upstream_failed(flow, failed.reason, _NO_BODY)
 
     async def _refuse(self, flow: http.HTTPFlow, head: RequestHead, body: Body) -> bool:
         """Send our own answer; a large body is not waited for."""
@@ -581,7 +673,8 @@ class Connection:
     async def _forward(self, flow: http.HTTPFlow, head: RequestHead, body: Body) -> bool:
         request = flow.request.data
         first = b""
-        pump: Callable[[UpstreamConnection], Strand] | None = None
+        pump: Pump | None = None
+        sent = [True]
         chunked = head.length != 0 and "transfer-encoding" in flow.request.headers
         if head.length == 0:
             self.addon.request(flow)
@@ -603,21 +696,34 @@ class Connection:
             if flow.response:
                 return await self._refuse(flow, head, body)
         else:
-            sent = [False]
+            sent[0] = False
             pump = lambda upstream: Strand(self._pump_body(flow, body, chunked, upstream, sent), self._pumped)  # noqa: E731
-        message = request_bytes(request.method, request.path, request.headers.fields) + first
+        message = request_bytes(request.method, request.path, request.headers.fields)
         dial = self.addon.dial_of(flow)
         place = Place(dial.host, request.port, request.scheme == b"https", dial.private, dial.owner)
-        self.channel.on_event = lambda hung_up: self.abort() if hung_up else None
+        shelf = self.lane.pool.shelf(place)
+        if self.raw and head.block.plain and len(first) == head.length:
+            self.addon.replays.settle(flow, self.raw, head.block, message, shelf)
+        return await self._carry(flow, shelf, message + first, body, pump, sent)
+
+    async def _carry(
+        self,
+        flow: http.HTTPFlow,
+        shelf: Shelf,
+        message: bytes,
+        body: Body,
+        pump: Pump | None = None,
+        sent: Sequence[bool] = (True,),
+        begun: Begun | None = None,
+    ) -> bool:
+        """Ask the upstream, and pass on what it answers; whether the client's connection may carry another request."""
+        self.asking = True
         if self.channel.hung_up and not pump:
             self.abort()
-        try:
-            upstream, answer = await self._ask(flow, place, message, request.method, pump)
-            keep = await self._respond(flow, upstream, answer)
-        finally:
-            self.channel.on_event = None
-        self.upstream = None
-        whole = body.done and (pump is None or sent[0])
+        upstream, answer = await self._ask(flow, shelf, message, pump, begun)
+        keep = await self._respond(flow, upstream, answer)
+        self.asking, self.upstream = False, None
+        whole = body.done and sent[0]
         if answer.keep_alive and whole:
             self.lane.pool.release(upstream)
         else:
@@ -656,12 +762,15 @@ class Connection:
         self, flow: http.HTTPFlow, body: Body, chunked: bool, upstream: UpstreamConnection, sent: list[bool]
     ) -> None:
         """Stream a large body upstream while the answer is awaited."""
+        data = b""
         while True:
             try:
-                data = body.take(self.buffer)
+                if self.buffer or not body.whole(data):
+                    self.buffer += data
+                    data = body.take(self.buffer)
             except BadMessage:
-                data = None
-            if data is None or self.channel.closed:
+                self.abort()
+            if self.channel.closed:
                 self.abort()
                 return
             try:
@@ -674,38 +783,37 @@ class Connection:
             if body.done:
                 break
             try:
-                more = await self.channel.recv_more(self.idle)
+                data = await self.channel.recv_more(self.idle)
             except (OSError, TimeoutError):
-                more = b""
-            if not more:
+                data = b""
+            if not data:
                 self.abort()
                 return
-            self.buffer += more
         self.addon.request(flow)
         sent[0] = True
 
     async def _ask(
         self,
         flow: http.HTTPFlow,
-        place: Place,
+        shelf: Shelf,
         message: bytes,
-        method: bytes,
-        pump: Callable[[UpstreamConnection], Strand] | None,
+        pump: Pump | None,
+        begun: Begun | None,
     ) -> tuple[UpstreamConnection, ResponseHead]:
         """Send the request and read the head of its answer. Raises Failed."""
+        method = flow.request.data.method
         may_retry, again = method in _IDEMPOTENT and pump is None, False
         while True:
-            try:
-                upstream = self.upstream = await self.lane.pool.acquire(place, fresh=again)
-            except Refused as refused:
-                raise Failed(refused.reason) from None
-            if self.channel.closed:  # cut meanwhile, perhaps because its agent was killed
-                upstream.channel.close()
-                raise ConnectionAbortedError
+            if begun:
+                upstream = begun[0]
+            else:
+                upstream = self.upstream = await self._upstream(shelf, fresh=again)
             flow.server_conn = upstream.server
-            upstream.channel.owner = self.channel.owner
             try:
-                await upstream.channel.send(message, self.idle)
+                if begun is None:
+                    await upstream.channel.send_soon(message, self.idle)
+                elif begun[1]:
+                    raise begun[1]
                 if pump:
                     pump(upstream).step()
                 return upstream, await self._answer_head(upstream, method)
@@ -718,7 +826,18 @@ class Connection:
                     raise ConnectionAbortedError from None
                 if again or not may_retry or not upstream.used or upstream.buffer:
                     raise Failed(Reason.UPSTREAM_UNREACHABLE) from None
-                again = True  # a kept connection that died before the first byte: once more, on a new one
+                again, begun = True, None  # a kept connection died before the first byte: once more, on a new one
+
+    async def _upstream(self, shelf: Shelf, *, fresh: bool) -> UpstreamConnection:
+        try:
+            upstream = (None if fresh else self.lane.pool.kept(shelf)) or await self.lane.pool.dial(shelf)
+        except Refused as refused:
+            raise Failed(refused.reason) from None
+        if self.channel.closed:  # cut meanwhile, perhaps because its agent was killed
+            upstream.channel.close()
+            raise ConnectionAbortedError
+        upstream.channel.owner = self.channel.owner
+        return upstream
 
     async def _answer_head(self, upstream: UpstreamConnection, method: bytes) -> ResponseHead:
         skipped, deadline = 0, 0.0
@@ -736,15 +855,16 @@ class Connection:
                 now = self.lane.poller.now()
                 deadline = deadline or now + self.lane.head_seconds
                 patience = deadline - now
-            data = await upstream.channel.recv_more(patience)
+            data = await upstream.channel.recv(patience)
             if not data:
                 raise ConnectionResetError
             upstream.buffer += data
 
     async def _respond(self, flow: http.HTTPFlow, upstream: UpstreamConnection, head: ResponseHead) -> bool:
         """Pass the answer on; whether the client's connection may carry another request."""
-        response = flow.response = _response(head)
+        flow.response = _response(head)
         state, body = state_of(flow), Body(head.length)
+        state.answer = head
         data = body.take(upstream.buffer) if not body.done else b""
         if body.done and head.length is not None:
             state.whole = data
@@ -752,9 +872,9 @@ class Connection:
         if state.whole is None:
             await self._stream_response(flow, upstream, head, body, data)
         else:
-            answer = response_bytes(head.status, response.data.reason, response.data.headers.fields)
+            send = self.channel.send if state.close or state.http10 else self.channel.send_soon
             try:
-                await self.channel.send(answer + state.whole, self.idle)
+                await send(cleaned_lines(flow) + state.whole, self.idle)
             finally:
                 self.addon.response(flow)  # on record whether or not somebody took it
         return not (state.close or state.http10)
@@ -795,6 +915,7 @@ class Connection:
             self.addon.response(flow)
 
     async def _upstream_failed(self, flow: http.HTTPFlow, reason: Reason, body: Body) -> bool:
+        self.asking = False
         self.addon.dial_of(flow).failure = reason
         flow.error = Error("upstream")
         self.addon.error(flow)

@@ -14,6 +14,7 @@ import re2
 
 from proxy.coding import Undecodable, decoder
 from proxy.forms import forms
+from proxy.literals import Literals
 from proxy.request import Field
 
 MIN_GUARDED = 8  # bytes: what is shorter is sent by chance, and could be found out by asking
@@ -79,10 +80,10 @@ def spellings(secret: bytes) -> set[bytes]:
 
 
 class Detector:
-    """Looks for all of `texts` and `shapes` in one pass: some 2 microseconds for a request's head, 100 for 64 KiB,
-    whether there are ten texts or a thousand."""
+    """Looks for all of `texts` and `shapes` in one pass: some 2 microseconds for a request's head, 140 for 64 KiB,
+    whether there are ten texts or a thousand; 6 for 64 KiB that are seen to be clean of ten."""
 
-    __slots__ = ("_begin", "_clean", "_heads", "_regex", "_shapes", "_texts")
+    __slots__ = ("_begin", "_clean", "_heads", "_literals", "_regex", "_shapes", "_texts")
 
     def __init__(self, texts: Mapping[bytes, Finding], shapes: Iterable[Shape] = ()) -> None:
         """`texts`: what to look for, each at most `REACH` bytes."""
@@ -99,6 +100,7 @@ class Detector:
             self._heads.setdefault(text[: min(_PROBE, (len(text) + 1) // 2)], []).append(text)
         begins = [*self._heads, *(begin for *_, shape in self._shapes for begin in shape.begin)]
         self._begin = _compile(_any(begins)) if begins else None
+        self._literals = Literals((*self._texts, *(begin for *_, shape in self._shapes for begin in shape.begin)))
 
     def finds_nothing(self, data: bytes) -> bool:
         """Whether nothing in `data` even looks like what is sought."""
@@ -119,6 +121,8 @@ class Detector:
 
     def find(self, data: bytes) -> Iterator[tuple[int, Finding]]:
         """Where in `data` something was found, and what."""
+        if self._literals.absent(data):
+            return
         at, candidates = 0, 0
         while self._regex and (match := self._regex.search(data, at)):
             start, end = match.span()

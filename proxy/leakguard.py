@@ -59,7 +59,7 @@ class LeakGuard:
         self._credentials: dict[str, Guarded] | None = None
         self._canaries: dict[str, bytes] | None = None
         self._shapes = _token_shapes(knows)
-        self._detector = Detector({}, self._shapes)
+        self.detector = Detector({}, self._shapes)  # another one after each change
 
     @property
     def loaded(self) -> bool:
@@ -79,7 +79,7 @@ class LeakGuard:
 
     async def _build(self) -> None:
         texts = await asyncio.to_thread(self._texts, self._credentials or {}, self._canaries or {})
-        self._detector = await asyncio.to_thread(Detector, texts, self._shapes)
+        self.detector = await asyncio.to_thread(Detector, texts, self._shapes)
 
     @staticmethod
     def _texts(credentials: Mapping[str, Guarded], canaries: Mapping[str, bytes]) -> dict[bytes, Finding]:
@@ -93,27 +93,38 @@ class LeakGuard:
             texts |= dict.fromkeys(item.patterns, Finding("credential", name))
         return texts
 
-    def check(self, view: RequestView, target: RequestView, *, formats: bool) -> None:
-        """Whether what the agent wrote into URL and headers of `view` may go to `target`.
+    def check(self, view: RequestView, target: RequestView, *, formats: bool) -> bool:
+        """Whether what the agent wrote into URL and headers of `view` may go to `target`: raises Leaked if not, and
+        Refused until everything is loaded. True: nothing in it even looks like what is sought.
 
-        `formats`: keys of well-known forms may not leave either. Raises Leaked, and Refused until everything is loaded.
+        `formats`: keys of well-known forms may not leave either.
         """
         if not self.loaded:
             raise Refused(Reason.STORE_UNAVAILABLE)
-        url = _url(view)
-        for detector in (self._detector, KEY_FORMATS) if formats else (self._detector,):
+        url, clean = _url(view), True
+        for detector in (self.detector, KEY_FORMATS) if formats else (self.detector,):
             if detector.finds_nothing(url) and detector.find_nothing_in_headers(view.headers):
                 continue
+            clean = False
             data = url + b"\n" + b"\n".join(chain.from_iterable(view.headers))
             for at, finding in detector.find(data):
                 if not self._may_pass(target, finding):
                     raise Leaked(finding, "url" if at < len(url) else "header", target)
+        return clean
+
+    def is_clean_url(self, view: RequestView, *, formats: bool) -> bool:
+        """Whether nothing in the URL of `view` even looks like what is sought."""
+        return self.is_clean(_url(view), formats=formats)
+
+    def is_clean(self, data: bytes, *, formats: bool) -> bool:
+        """Whether nothing in `data` even looks like what is sought."""
+        return self.detector.finds_nothing(data) and not (formats and not KEY_FORMATS.finds_nothing(data))
 
     def hides(self, view: RequestView, refused: Refused) -> bool:
         """Whether the URL of a refused request holds what may not stand on record either."""
         if isinstance(refused, Leaked) and refused.where == "url":
             return True
-        return any(finding.kind != "placeholder" for _, finding in self._detector.find(_url(view)))
+        return any(finding.kind != "placeholder" for _, finding in self.detector.find(_url(view)))
 
     def check_message(self, data: bytes, target: RequestView, *, formats: bool) -> None:
         """The same for a message of a WebSocket. Raises Leaked."""
@@ -122,7 +133,7 @@ class LeakGuard:
 
     def stream(self, target: RequestView, content_encoding: str, *, formats: bool) -> LeakStream:
         """What looks through the body of a request to `target`."""
-        detectors = (self._detector, KEY_FORMATS) if formats else (self._detector,)
+        detectors = (self.detector, KEY_FORMATS) if formats else (self.detector,)
         return LeakStream(detectors, partial(self._may_pass, target), content_encoding)
 
     def _may_pass(self, target: RequestView, finding: Finding) -> bool:

@@ -47,6 +47,7 @@ _FAMILIES = {  # attribute of _Series: metric, labels after `agent`, help
 }
 _RULES, _DROPPED, _SERIES_DROPPED = "rule_requests_total", "audit_dropped_total", "agent_series_dropped_total"
 _PROOFS = "identity_proofs_total"
+_REPLAYED = "requests_replayed_total"
 _RESTARTS = "worker_restarts_total"
 _RELOADED = "rules_last_reload_success_timestamp_seconds"
 type _Families = dict[str, tuple[tuple[str, ...], str]]  # metric: labels, help
@@ -57,6 +58,7 @@ _COUNTERS: _Families = {
     "vault_operations_total": (("operation", "result"), "Operations of the vault."),
     _DROPPED: ((), "Exchanges missing in the audit log."),
     _PROOFS: (("proof",), "Identified exchanges by the kind of proof."),
+    _REPLAYED: ((), "Requests decided as the same bytes were before, because nothing had changed."),
     "certificates_minted_total": ((), "Leaf certificates made."),
     _RESTARTS: (("worker",), "Workers that ended by themselves and were replaced."),
 }
@@ -133,15 +135,16 @@ class Metrics:
 
     def record(self, exchange: Exchange) -> None:
         """Count one exchange, after it ended."""
-        verdict = exchange.verdict
-        its = self._series(exchange.agent_id or NONE)
+        verdict, agent = "allow" if exchange.allowed else "block", exchange.agent
+        its = self._series(agent.id if agent else NONE)
         its.requests[verdict, exchange.reason] += 1
         its.bytes[_REQUEST_BYTES] += exchange.request_bytes
         its.bytes[_RESPONSE_BYTES] += exchange.response_bytes
         for injected in exchange.injected:
             its.injected[injected.credential,] += 1
-        for labels, times in exchange.redacted.items():
-            its.redacted[labels] += times
+        if exchange.redacted:
+            for labels, times in exchange.redacted.items():
+                its.redacted[labels] += times
         if exchange.leak:
             kind, _, where = exchange.leak
             its.leaks[kind, where] += 1
@@ -160,6 +163,11 @@ class Metrics:
     def certificate_minted(self) -> None:
         """A leaf certificate was made."""
         self._counters["certificates_minted_total"][()] += 1
+
+    def replayed(self, leases: int) -> None:
+        """A request was not decided anew; it uses so many leases."""
+        self._counters[_REPLAYED][()] += 1
+        self._counters["vault_operations_total"]["lease", "ok"] += leases
 
     def vault_operation(self, operation: str, result: str) -> None:
         """The vault did `operation` (put, open, ...) with `result` (ok, missing, ...): fixed words both."""

@@ -26,7 +26,7 @@ from proxy.sigv4 import (
     signed_headers,
 )
 
-_HEADER_KINDS = frozenset({"bearer", "basic", "header", "cookie"})
+HEADER_KINDS = frozenset({"bearer", "basic", "header", "cookie"})  # what they add depends on headers alone
 _NO_HEADER_BYTE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110 section 5.5
 
 
@@ -121,7 +121,7 @@ def inject(outbound: Outbound, injection: Injection, opened: Opened) -> Outbound
     secret = opened.secret.reveal()
     if kind == "placeholder":
         return _replace_placeholder(outbound, injection, opened, options)
-    if kind in _HEADER_KINDS:
+    if kind in HEADER_KINDS:
         _check_header(secret)
     if kind == "bearer":
         return _set_header(outbound, opened, "authorization", b"Bearer " + secret, secret)

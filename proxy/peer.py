@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from random import getrandbits
+from typing import TYPE_CHECKING
 
 from mitmproxy import connection, http
 
 from proxy.address import Host
-from proxy.flow import Tunnel
+from proxy.flow import FlowState, Tunnel
 from proxy.layers import HttpLayer
 from proxy.proof import Proof
 from proxy.reason import Reason
 from proxy.settingvalue import Listener
 
+if TYPE_CHECKING:
+    from proxy.replay import Table
+
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _PAIRS = [high + low for high in _CROCKFORD for low in _CROCKFORD]
 
 
-def ulid(now: float, random: Callable[[int], int] = getrandbits) -> str:
-    """A sortable id: 48 bits of milliseconds and 80 random ones, in Crockford's base 32. It is no secret."""
-    number = random(80)
-    return _when(int(now * 1000)) + "".join([_PAIRS[number >> shift & 1023] for shift in range(70, -1, -10)])
+def _tails(random: Callable[[int], int]) -> Iterator[str]:
+    """The 80 bits that tell ids of one millisecond apart: 70 at random, and a thousand in a row for each of those."""
+    while True:
+        number = random(70)
+        begin = "".join([_PAIRS[number >> shift & 1023] for shift in range(60, -1, -10)])
+        for pair in _PAIRS:
+            yield begin + pair
+
+
+_tail = _tails(getrandbits)
+
+
+def ulid(now: float) -> str:
+    """A sortable id: 48 bits of milliseconds and 80 more, in Crockford's base 32. It is no secret."""
+    return _when(int(now * 1000)) + next(_tail)
 
 
 @lru_cache(maxsize=4)
@@ -56,6 +71,8 @@ class Peer:
     open: dict[int, http.HTTPFlow] = field(default_factory=dict)  # not recorded yet
     agents: set[str] = field(default_factory=set)
     http: HttpLayer | None = None  # inside the tunnel
+    settled: Table | None = None  # in tunnels like this one
+    replay: FlowState | None = None  # of a request that was decided before and has no flow
     address: str = ""
 
     def __post_init__(self) -> None:

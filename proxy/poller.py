@@ -17,9 +17,11 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from fcntl import ioctl
+from functools import partial
 from termios import FIONREAD
 from typing import Any
 
+from proxy.cipher import RECORD, Cipher
 from proxy.guard import where
 
 _log = logging.getLogger("sallyport")
@@ -28,16 +30,14 @@ READ, WRITE = select.EPOLLIN, select.EPOLLOUT
 _EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLET | select.EPOLLRDHUP
 _HUNG_UP = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
 _SWEEP = 0.5  # seconds between two looks for waits that have lasted too long
-RECORD = 16384  # bytes of plaintext in a TLS record at most (RFC 8446 section 5.1)
 CHUNK = 65536  # bytes read at a time
+_SENT = CHUNK + RECORD  # bytes enciphered at a time: a chunk with its size around it
 ROUNDS = 8  # looks at the kernel in a turn of the loop, which costs more than one
 LOOK, BATCH = 256, 32  # events taken at each; channels told of theirs before the next, where they have one owner
+CORKED = 16384  # bytes that may wait for the end of a look: waking a peer that sleeps costs as much as all of a request
 TURNS = 16  # reads and writes that need no wait before the others have theirs: some milliseconds of a fast transfer
 
 _COUNT = array("i", [0])  # what FIONREAD answers in
-
-_BLOCKED_READ = (BlockingIOError, ssl.SSLWantReadError)
-_BLOCKED_WRITE = (BlockingIOError, ssl.SSLWantWriteError)
 
 
 @types.coroutine
@@ -99,7 +99,7 @@ class Strand:
         return task.result()
 
 
-def _closed(_: object) -> Any:
+def _closed() -> Any:
     raise ConnectionAbortedError
 
 
@@ -107,11 +107,11 @@ class Channel:
     """A connected socket, plain or TLS. At most one strand reads and one writes at a time."""
 
     __slots__ = (
-        "_pending",
+        "_cipher",
         "_poller",
         "_recv",
-        "_send",
         "_stirred",
+        "_unsent",
         "_waiting",
         "due",
         "fd",
@@ -123,15 +123,15 @@ class Channel:
 
     def __init__(self, poller: Poller, sock: socket.socket) -> None:
         sock.setblocking(False)
-        self.sock: socket.socket | ssl.SSLSocket = sock
-        self._recv: Callable[[int], bytes] = sock.recv
-        self._send: Callable[[bytes | memoryview], int] = sock.send
-        self._pending: Callable[[], int] | None = None  # bytes that TLS has deciphered but not given out
+        self.sock = sock
+        self._recv: Callable[[], bytes] = partial(sock.recv, CHUNK)
+        self._cipher: Cipher | None = None
         self.fd = sock.fileno()
         self._stirred = True  # something may have arrived since it was last found empty
         self.on_event: Callable[[bool], None] | None = None  # the peer acted while nobody reads; whether it hung up
         self.owner = ""  # for whom it works: owners take turns
         self.due = 0  # events it was not told of yet
+        self._unsent = b""  # what is sent when all events of a look were told, or when the kernel takes it
         self.hung_up = False  # the peer sends no more, though some of it may still be unread
         self._poller = poller
         # By strand, not by event: in TLS a reader may have to write and a writer to read (SSL_ERROR_WANT_WRITE).
@@ -148,22 +148,26 @@ class Channel:
         if events & _HUNG_UP:
             self.hung_up = True
             events |= READ | WRITE
+        waiting = self._waiting
+        if events & WRITE and (self._unsent or ((cipher := self._cipher) and cipher.unsent)):
+            self.uncork()
         if events & READ:
             self._stirred = True
-        if self.on_event and events & READ and not any(event == READ for event, _ in self._waiting.values()):
-            _call(self.on_event, bool(events & _HUNG_UP))
-        for strand in [strand for strand, (event, _) in self._waiting.items() if event & events]:
-            self._wake(strand)
+            if self.on_event and READ not in [event for event, _ in waiting.values()]:
+                _call(self.on_event, self.hung_up)
+        for strand in [strand for strand, (event, _) in waiting.items() if event & events]:
+            if waiting.pop(strand, None):  # none: what woke another strand has woken this one too
+                strand.step()
 
-    def _wake(self, strand: Strand, error: BaseException | None = None) -> None:
-        if self._waiting.pop(strand, None):  # none: what woke another strand has woken this one too
+    def _fail(self, strand: Strand, error: BaseException) -> None:
+        if self._waiting.pop(strand, None):
             strand.step(error)
 
     def late(self, now: float) -> None:
         """Fail the waits whose time is over."""
         for strand, (_, deadline) in list(self._waiting.items()):
             if deadline <= now:
-                self._wake(strand, TimeoutError())
+                self._fail(strand, TimeoutError())
 
     async def wait(self, event: int, seconds: float) -> None:
         """Wait for the socket. Raises TimeoutError, and ConnectionError when it is closed meanwhile."""
@@ -176,49 +180,62 @@ class Channel:
 
     async def recv(self, seconds: float) -> bytes:
         """What has arrived; empty at the end. Raises OSError, TimeoutError."""
-        if strand := Strand.current:
+        strand = Strand.current
+        if strand:
             strand.turns += 1
             if strand.turns > TURNS:
                 await strand.rest()
-        if not self.hung_up and self.fd >= 0 and not self.unread():  # asking costs a tenth of a failed read
-            await self.wait(READ, seconds)
+            if not self.hung_up and self.fd >= 0 and not (self._stirred and self.unread()):
+                self._waiting[strand] = READ, self._poller.now() + seconds  # as `wait` does
+                await _park()
         while True:
             try:
-                return self._recv(CHUNK if self._pending is None else RECORD)
-            except _BLOCKED_READ:
-                await self.wait(READ, seconds)
-            except ssl.SSLWantWriteError:
-                await self.wait(WRITE, seconds)
+                data = self._recv()
+                if not ((cipher := self._cipher) and cipher.outward.pending):
+                    return data
+            except BlockingIOError:
+                data = None
             except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
                 return b""  # with or without close_notify: framing tells whether something is missing
+            if (cipher := self._cipher) and cipher.outward.pending:
+                await self._flush(cipher, seconds)
+            elif data is None:
+                await self.wait(READ, seconds)
+            if data is not None:
+                return data
 
     def unread(self) -> int:
-        """Bytes that have arrived and were not read."""
+        """Bytes that have arrived and were not read. To ask costs a tenth of a read that fails."""
         if not self._stirred:
             return 0
         ioctl(self.fd, FIONREAD, _COUNT)
-        count = _COUNT[0] or (self._pending() if self._pending else 0)
+        return _COUNT[0] or self.deciphered()
+
+    def deciphered(self) -> int:
+        """Bytes that TLS has read already and nobody else. Only to be asked where the kernel has none: then what has
+        arrived is known again."""
+        count = self._cipher.held if self._cipher else 0
         self._stirred = count > 0
         return count
 
     async def recv_more(self, seconds: float) -> bytes:
-        """As `recv`, and for TLS what further records have arrived too, up to some `CHUNK`."""
-        data = await self.recv(seconds)
-        if len(data) < RECORD or not isinstance(self.sock, ssl.SSLSocket):
-            return data
-        parts, size = [data], len(data)
-        try:
-            while size < CHUNK and data:
-                data = self._recv(RECORD)
-                parts.append(data)
-                size += len(data)
-        except (*_BLOCKED_READ, OSError):
-            pass  # the next recv meets it again
-        return b"".join(parts)
+        """The same: of TLS, too, all records that arrived together are taken, up to some `CHUNK`."""
+        return await self.recv(seconds)
+
+    def absorbs(self) -> bool:
+        """Whether all that has arrived is of TLS itself, such as a session ticket: it is taken. Raises OSError."""
+        if self._cipher is None:
+            return False
+        with contextlib.suppress(BlockingIOError):
+            self._cipher.read()
+            return False
+        return True
 
     async def peek(self, size: int, seconds: float, known: int = 0) -> bytes:
         """What has arrived of a plain socket, more than the `known` bytes seen before, left where it is. Empty where
         no more will come."""
+        if not known and not self.hung_up and not self.unread():
+            await self.wait(READ, seconds)
         while True:
             try:
                 data = self.sock.recv(size, socket.MSG_PEEK)
@@ -230,68 +247,134 @@ class Channel:
                 return b""
             await self.wait(READ, seconds)
 
+    async def send_soon(self, data: bytes, seconds: float) -> None:
+        """As `send`; but what is little may wait until all events of a look were told, so that peers that sleep are
+        woken once for all that is sent to them. It takes a later `send`, if only of nothing, to know that it has gone.
+        """
+        corked, cipher = self._poller.corked, self._cipher
+        if (
+            corked is None
+            or self.fd < 0
+            or len(data) + len(self._unsent) > CORKED
+            or (cipher is not None and cipher.unsent)
+        ):
+            await self.send(data, seconds)
+            return
+        corked.append(self)
+        self._unsent += data
+
     async def send(self, data: bytes, seconds: float) -> None:
-        """Send all of it. Raises OSError, TimeoutError."""
+        """Send all of it, behind what `send_soon` left. Raises OSError, TimeoutError."""
         if strand := Strand.current:
             strand.turns += 1
             if strand.turns > TURNS:
                 await strand.rest()
-        view: bytes | memoryview = data
+        if self.fd < 0:
+            raise ConnectionAbortedError
+        if self._unsent:
+            data, self._unsent = self._unsent + data, b""
+        if cipher := self._cipher:
+            if len(data) <= _SENT:
+                if not cipher.send(data):
+                    await self._flush(cipher, seconds)
+                return
+            view = memoryview(data)
+            for at in range(0, len(view), _SENT):
+                if not cipher.send(view[at : at + _SENT]):
+                    await self._flush(cipher, seconds)
+            return
+        view = memoryview(data)
         while view:
             try:
-                sent = self._send(view)
-                if sent == len(view):
-                    return
-                view = memoryview(view)[sent:]
-            except _BLOCKED_WRITE:
+                view = view[self.sock.send(view) :]
+            except BlockingIOError:
                 await self.wait(WRITE, seconds)
-            except ssl.SSLWantReadError:
-                await self.wait(READ, seconds)
 
-    async def start_tls(self, context: ssl.SSLContext, seconds: float, **options: Any) -> None:
-        """A TLS handshake on the socket, `seconds` in all. Raises OSError (ssl.SSLError), TimeoutError."""
-        deadline = self._poller.now() + seconds
-        wrapped = context.wrap_socket(self.sock, do_handshake_on_connect=False, suppress_ragged_eofs=False, **options)
-        self.sock = wrapped
+    async def _flush(self, cipher: Cipher, seconds: float) -> None:
         while True:
             try:
-                wrapped.do_handshake()
-                # Below SSLSocket's own methods, which cost as much again as OpenSSL.
-                tls: Any = wrapped._sslobj  # type: ignore[attr-defined]
-                self._recv, self._send, self._pending = tls.read, tls.write, tls.pending
+                return cipher.flush()
+            except BlockingIOError:
+                await self.wait(WRITE, seconds)
+
+    def uncork(self) -> None:
+        """Send what waits. What the kernel does not take yet goes when it does, or before what is sent next."""
+        data, self._unsent = self._unsent, b""
+        try:
+            if self.fd < 0:
                 return
-            except ssl.SSLWantReadError:
-                await self.wait(READ, deadline - self._poller.now())
-            except ssl.SSLWantWriteError:
-                await self.wait(WRITE, deadline - self._poller.now())
+            if cipher := self._cipher:
+                if data:
+                    cipher.send(data)
+                else:
+                    cipher.flush()
+            elif data:
+                self._unsent = data
+                self._unsent = data[self.sock.send(data) :]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.hung_up = True  # who reads next is told why
+
+    async def start_tls(
+        self,
+        context: ssl.SSLContext,
+        seconds: float,
+        *,
+        server_side: bool = False,
+        server_hostname: str | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> None:
+        """A TLS handshake on the socket, `seconds` in all. Raises OSError (ssl.SSLError), TimeoutError."""
+        if context.check_hostname and not server_hostname:
+            raise ValueError("no name to check the certificate for")
+        self.uncork()
+        deadline = self._poller.now() + seconds
+        options = {"server_side": server_side, "server_hostname": server_hostname, "session": session}
+        cipher = Cipher(context, self.sock, options)
+        while not cipher.shake():
+            await self._flush(cipher, deadline - self._poller.now())
+            while True:
+                try:
+                    cipher.fill()
+                    break
+                except BlockingIOError:
+                    await self.wait(READ, deadline - self._poller.now())
+        await self._flush(cipher, deadline - self._poller.now())
+        self._cipher, self._recv = cipher, cipher.read
+
+    @property
+    def tls(self) -> ssl.SSLObject | None:
+        """What tells of the TLS, where there is one."""
+        return self._cipher.tls if self._cipher else None
 
     def say_goodbye(self) -> None:
         """Tell a TLS peer that nothing more comes: without close_notify it must take the end for a cut. What it still
         sends can only be dropped, below TLS: OpenSSL may read no more once it met data after its own close_notify."""
-        if isinstance(self.sock, ssl.SSLSocket) and not self.closed:
-            with contextlib.suppress(OSError, ValueError):
-                self.sock.unwrap()  # sends, then fails because the answer is not there yet
-            self.sock = socket.socket(fileno=self.sock.detach())
-            self.sock.setblocking(False)
-            self._recv, self._send, self._pending = self.sock.recv, self.sock.send, None
+        self.uncork()
+        if self._cipher and not self.closed:
+            self._cipher.say_goodbye()
+            self._cipher, self._recv = None, partial(self.sock.recv, CHUNK)
 
     def detach(self) -> socket.socket:
         """The plain socket, for somebody else; the channel is over."""
+        self.uncork()
         self._poller.remove(self)
         self.fd = -1
         return self.sock
 
     def close(self) -> None:
         """Hang up. Who waits gets ConnectionError."""
+        self.uncork()
         if self.fd < 0:
             return
         self._poller.remove(self)
         self.fd = -1
-        self.on_event = self._pending = None
-        self._recv = self._send = _closed
+        self.on_event = self._cipher = None
+        self._recv = _closed
         self.sock.close()
         for strand in list(self._waiting):
-            self._wake(strand, ConnectionAbortedError())
+            self._fail(strand, ConnectionAbortedError())
 
 
 class Poller:
@@ -304,6 +387,7 @@ class Poller:
         self._channels: dict[int, Channel] = {}
         self._due: dict[str, deque[Channel]] = {}  # by owner: what happened, and nobody was told yet
         self._again = False
+        self.corked: list[Channel] | None = None  # who has something to send when all events of a look were told
         self._loop.add_reader(self._epoll.fileno(), self._poll)
         self._timer = self._loop.call_later(_SWEEP, self._sweep)
 
@@ -317,7 +401,7 @@ class Poller:
 
     def remove(self, channel: Channel) -> None:
         """Watch it no more."""
-        if self._channels.get(channel.fd) is channel:  # a failed wrap_socket has closed it, and others may have its fd
+        if self._channels.get(channel.fd) is channel:
             del self._channels[channel.fd]
             with contextlib.suppress(OSError, ValueError):
                 self._epoll.unregister(channel.fd)
@@ -327,17 +411,35 @@ class Poller:
         for _ in range(ROUNDS):
             if self._epoll.closed:
                 return
-            for fd, events in self._epoll.poll(0, LOOK):
-                if channel := self._channels.get(fd):
-                    if not channel.due:
-                        self._due.setdefault(channel.owner, deque()).append(channel)
-                    channel.due |= events
-            if not self._due:
+            if not self._look():
                 return
-            self._take_turns()
         if self._due and not self._again:
             self._again = True
             self._loop.call_soon(self._poll)
+
+    def _look(self) -> bool:
+        """Tell channels what happened to them; whether anything did."""
+        ready = [(channel, events) for fd, events in self._epoll.poll(0, LOOK) if (channel := self._channels.get(fd))]
+        if not ready and not self._due:
+            return False
+        if len(ready) > 1 or self._due:
+            self.corked = []
+        try:
+            if self._due or len(ready) > BATCH or not all(channel.owner == ready[0][0].owner for channel, _ in ready):
+                for channel, events in ready:
+                    if not channel.due:
+                        self._due.setdefault(channel.owner, deque()).append(channel)
+                    channel.due |= events
+                self._take_turns()
+            else:  # nobody waits for a turn
+                for channel, events in ready:
+                    if channel.fd >= 0:
+                        channel.ready(events)
+        finally:
+            corked, self.corked = self.corked, None
+            for channel in corked or ():
+                channel.uncork()
+        return True
 
     def _take_turns(self) -> None:
         """One channel of each owner has its turn, or several where there is only one owner: who has many ready must not

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import select
 import socket
 import ssl
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from random import getrandbits
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import certifi
 from mitmproxy.connection import ConnectionState, Server
@@ -25,6 +28,7 @@ CONNECT_TIMEOUT = 10.0  # seconds for TCP and TLS together, each address
 MAX_IDLE = 256  # connections kept in all
 MAX_IDLE_EACH = 32  # for one place
 IDLE = 60.0  # seconds one is kept
+_RDHUP = getattr(select, "POLLRDHUP", 0)
 _SERVER = vars(Server(address=None, state=ConnectionState.OPEN))
 
 type Resolve = Callable[..., Coroutine[Any, Any, Route]]
@@ -40,14 +44,27 @@ class Place(NamedTuple):
     owner: str = ""  # an agent's id where a rule forbids sharing
 
 
+class Shelf:
+    """The idle connections to one place, the one used last at the end. Who asks often for it keeps it: to look a place
+    up costs more than to take a connection."""
+
+    __slots__ = ("__weakref__", "idle", "place")
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.idle: list[UpstreamConnection] = []
+
+
 class UpstreamConnection:
     """One connection, and mitmproxy's word for it."""
 
-    __slots__ = ("buffer", "channel", "place", "server", "since", "used")
+    __slots__ = ("_kernel", "buffer", "channel", "server", "shelf", "since", "used")
 
-    def __init__(self, channel: Channel, place: Place, peer: SocketAddress) -> None:
+    def __init__(self, channel: Channel, shelf: Shelf, peer: SocketAddress) -> None:
         self.channel = channel
-        self.place = place
+        self._kernel = select.poll()
+        self._kernel.register(channel.fd, select.POLLIN | _RDHUP)
+        self.shelf = shelf
         self.buffer = bytearray()
         self.used = False  # by an earlier request: it may be closing as we write
         self.since = 0.0
@@ -55,9 +72,20 @@ class UpstreamConnection:
         self.server.__dict__ = {
             **_SERVER,
             "id": f"{getrandbits(128):032x}",
-            "address": (place.host.name, place.port),
+            "address": (shelf.place.host.name, shelf.place.port),
             "peername": peer,
         }
+
+    def is_quiet(self) -> bool:
+        """Whether an idle upstream is there and has sent nothing, other than a TLS session ticket: what it says
+        unasked would be taken for the answer to the next request."""
+        channel = self.channel
+        if not self._kernel.poll(0):  # costs a tenth of a read that fails
+            return not channel.deciphered()
+        try:
+            return channel.absorbs() and not self._kernel.poll(0)
+        except OSError:
+            return False
 
 
 class Pool:
@@ -73,34 +101,43 @@ class Pool:
         # What last spoke TLS to a place. A copy of its session costs a third of a handshake: taken where it is used.
         self._spoken: OrderedDict[Place, Any] = OrderedDict()
         self._idle: OrderedDict[UpstreamConnection, None] = OrderedDict()
-        self._places: dict[Place, list[UpstreamConnection]] = {}
+        self._shelves: WeakValueDictionary[Place, Shelf] = WeakValueDictionary()
+
+    def shelf(self, place: Place) -> Shelf:
+        """Where idle connections to a place are; it is there while somebody holds it, or a connection lies on it."""
+        shelf = self._shelves.get(place)
+        if shelf is None:
+            shelf = self._shelves[place] = Shelf(place)
+        return shelf
 
     async def acquire(self, place: Place, *, fresh: bool = False) -> UpstreamConnection:
         """A kept connection, or a new one (always, where `fresh`).
 
         Raises Refused.
         """
-        kept = self._places.get(place)
-        while kept and not fresh:
-            connection = kept[-1]
-            self._forget(connection)
+        shelf = self.shelf(place)
+        return (None if fresh else self.kept(shelf)) or await self.dial(shelf)
+
+    def kept(self, shelf: Shelf) -> UpstreamConnection | None:
+        """A kept connection that is still there, if any."""
+        while shelf.idle:
+            connection = shelf.idle.pop()
+            del self._idle[connection]
             connection.channel.on_event = None
-            if self._poller.now() - connection.since < IDLE and _is_quiet(connection.channel):
+            if self._poller.now() - connection.since < IDLE and connection.is_quiet():
                 return connection
             connection.channel.close()
-        return await self._dial(place)
+        return None
 
     def release(self, connection: UpstreamConnection) -> None:
         """Keep a connection whose last response was read to its end."""
-        place, channel = connection.place, connection.channel
-        kept = self._places.setdefault(place, [])
+        channel, kept = connection.channel, connection.shelf.idle
         if connection.buffer or channel.closed or channel.hung_up or len(kept) >= MAX_IDLE_EACH:
-            if not kept:
-                del self._places[place]
             channel.close()
             return
-        if not connection.used and isinstance(channel.sock, ssl.SSLSocket):
-            self._spoken[place] = channel.sock._sslobj  # type: ignore[attr-defined]
+        if not connection.used and channel.tls:
+            place = connection.shelf.place
+            self._spoken[place] = channel.tls
             self._spoken.move_to_end(place)
             if len(self._spoken) > MAX_IDLE:
                 self._spoken.popitem(last=False)
@@ -108,12 +145,11 @@ class Pool:
         connection.since = self._poller.now()
         kept.append(connection)
         self._idle[connection] = None
-        channel.on_event = lambda _: self._stirred(connection)
-        self._expire()
+        channel.on_event = partial(self._stirred, connection)
+        self._expire(connection.since)
 
-    def _expire(self) -> None:
+    def _expire(self, now: float) -> None:
         """Close the oldest while they are too old, or too many."""
-        now = self._poller.now()
         while self._idle:
             oldest = next(iter(self._idle))
             if len(self._idle) <= MAX_IDLE and now - oldest.since < IDLE:
@@ -121,34 +157,35 @@ class Pool:
             self._forget(oldest)
             oldest.channel.close()
 
-    def _stirred(self, connection: UpstreamConnection) -> None:
-        if not _is_quiet(connection.channel):
+    def _stirred(self, connection: UpstreamConnection, _: bool) -> None:
+        if not connection.is_quiet():
             self._forget(connection)
             connection.channel.close()
 
     def _forget(self, connection: UpstreamConnection) -> None:
-        self._idle.pop(connection, None)
-        kept = self._places.get(connection.place, [])
-        if connection in kept:
-            kept.remove(connection)
-            if not kept:
-                del self._places[connection.place]
+        if connection in self._idle:
+            del self._idle[connection]
+            connection.shelf.idle.remove(connection)
 
-    async def _dial(self, place: Place) -> UpstreamConnection:
+    async def dial(self, shelf: Shelf) -> UpstreamConnection:
+        """A new connection. Raises Refused."""
+        place = shelf.place
         route = await Strand.finish(self._resolve(place.host, place.port, private=place.private))
         reason = Reason.UPSTREAM_UNREACHABLE
         for address in route.addresses:
             try:
-                return await self._connect(place, address, route.parent)
+                channel = await self._connect(place, address, route.parent)
             except ssl.SSLError:
                 reason = Reason.UPSTREAM_TLS
             except TimeoutError:
                 reason = Reason.UPSTREAM_TIMEOUT
             except OSError:
                 reason = Reason.UPSTREAM_UNREACHABLE
+            else:
+                return UpstreamConnection(channel, shelf, address)
         raise Refused(reason)
 
-    async def _connect(self, place: Place, address: SocketAddress, parent: Parent | None) -> UpstreamConnection:
+    async def _connect(self, place: Place, address: SocketAddress, parent: Parent | None) -> Channel:
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -174,7 +211,7 @@ class Pool:
         except BaseException:
             channel.close()
             raise
-        return UpstreamConnection(channel, place, address)
+        return channel
 
     async def _through(self, parent: Parent, channel: Channel, place: Place, deadline: float) -> None:
         """Let the parent proxy connect us. Raises OSError, TimeoutError."""
@@ -193,26 +230,11 @@ class Pool:
             connection.channel.close()
 
 
-def _is_quiet(channel: Channel) -> bool:
-    """Whether an idle upstream is there and has sent nothing, other than a TLS session ticket: what it says unasked
-    would be taken for the answer to the next request."""
-    try:
-        socket.socket.recv(channel.sock, 1, socket.MSG_PEEK)  # below TLS, whose own recv costs twice as much again
-        if isinstance(channel.sock, ssl.SSLSocket):
-            channel.sock.recv(1)
-    except BlockingIOError:
-        return not channel.unread()
-    except ssl.SSLWantReadError:
-        return True
-    except OSError:
-        pass
-    return False
-
-
 def _context(trust: Sequence[Path]) -> ssl.SSLContext:
     """As `tls.UpstreamTls`: the public roots and the operator's, TLS 1.2 at least, the name checked (RFC 9525)."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION  # writing would have to wait for reading
     context.hostname_checks_common_name = False
     context.set_ciphers(CIPHERS)
     context.set_alpn_protocols(["http/1.1"])

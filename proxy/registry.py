@@ -115,6 +115,7 @@ class Registry:
     ) -> None:
         """`master` is needed to issue tokens that `reissue` can tell again."""
         self.loaded = False
+        self.epoch = object()  # another one when any agent may have changed
         self._master = master
         self._store = store
         self._clock = clock
@@ -150,7 +151,7 @@ class Registry:
 
     def stop_here(self, stops: Stops) -> None:
         """Stops agents of this process, whatever the store says of them."""
-        self._stops = stops
+        self._stops, self.epoch = stops, object()
         self.on_kill()
         self.on_change(frozenset())
 
@@ -169,7 +170,7 @@ class Registry:
         Raises StoreUnavailable; what is known stays then.
         """
         records = await self._store.get_all(TABLE, names)
-        before = dict(self._table.ids)
+        before, self.epoch = dict(self._table.ids), object()
         if names is None:
             self._table = _table(records)
         for name in names or ():

@@ -21,6 +21,7 @@ from proxy.ca import Authority, Leaf
 from proxy.canary import TABLE as CANARIES
 from proxy.canary import Canaries
 from proxy.exchange import Exchange
+from proxy.flow import FlowState
 from proxy.follow import Follower
 from proxy.gateway import Gateway
 from proxy.gatewaykeys import GatewayKeys
@@ -62,6 +63,7 @@ class Runtime:
         self.clock: Callable[[], float] = time.time
         self.own: set[tuple[str, int]] = set()
         self.vault: Vault | None = None
+        self.on_leases: Callable[[], None] = lambda: None  # told when other credentials are open than before
         self.started = time.monotonic()
         self._store = store
         self._environment = environment
@@ -154,6 +156,7 @@ class Runtime:
             on_operation=self.metrics.vault_operation,
         )
         self.vault.on_change = self.leaks.credentials
+        self.vault.on_leases = lambda: self.on_leases()
         self.gateway.vault = self.vault
         self.follower.subscribe(CREDENTIALS, self.vault.apply_changes)
         canaries = Canaries(self._store, master)
@@ -188,6 +191,18 @@ class Runtime:
             self.limiter.release(exchange)
         self.metrics.record(exchange)
         self.audit.record(exchange)
+
+    def finish(self, state: FlowState) -> None:
+        """Put an exchange on record that has ended, unless it is there."""
+        exchange = state.exchange
+        if exchange is None or state.recorded:
+            return
+        state.recorded = True
+        duration = self.clock() - exchange.time
+        exchange.duration = duration if duration > 0 else 0.0
+        if state.response_body:
+            exchange.count_redacted(state.response_body.found, "body")
+        self.record(exchange)
 
     def _drop_leases(self) -> None:
         if self.vault:

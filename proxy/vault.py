@@ -81,10 +81,11 @@ class Vault:
         self._records = Records(store, master, state_dir, random)
         self._lease_seconds = lease_seconds
         self._clock = clock
-        self._monotonic = monotonic
+        self.monotonic = monotonic
         self._count = on_operation
         self._leases: dict[str, Lease] = {}
         self.on_change: OnChange | None = None
+        self.on_leases: Callable[[], None] = lambda: None  # told when the open ones are others
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     # For the operator
@@ -154,7 +155,7 @@ class Vault:
     def cached(self, name: str) -> Lease | None:
         """The credential if it is open now; no round trip, and no check of its grant."""
         lease = self._leases.get(name)
-        return lease if lease and lease.until > self._monotonic() else None
+        return lease if lease and lease.until > self.monotonic() else None
 
     def leased(self) -> Mapping[str, Lease]:
         """Every credential that is open, or was until lately: another object after each change."""
@@ -162,9 +163,7 @@ class Vault:
 
     def keep_for(self, agents: Collection[str]) -> None:
         """Forgets every credential that none of these agents may use."""
-        self._leases = {
-            name: lease for name, lease in self._leases.items() if any(map(lease.grant.covers_agent, agents))
-        }
+        self._keep(lambda lease: any(map(lease.grant.covers_agent, agents)))
 
     async def apply_changes(self, names: set[str] | None) -> None:
         """Forgets what changed (None: anything may have) and takes note of the new versions.
@@ -195,15 +194,19 @@ class Vault:
     def _forget(self, names: Iterable[str]) -> None:
         gone = set(names)
         if not gone.isdisjoint(self._leases):
-            self._leases = {name: lease for name, lease in self._leases.items() if name not in gone}
+            self._keep(lambda lease: lease.name not in gone)
+
+    def _keep(self, holds: Callable[[Lease], bool], *more: Lease) -> None:
+        self._leases = {lease.name: lease for lease in (*filter(holds, self._leases.values()), *more)}
+        self.on_leases()
 
     async def _renew(self, name: str) -> Lease:
         async with self._locks[name]:  # one look at the store, however many requests wait for it
             lease = self.cached(name)
             while lease is None or self._records.outdated(name, lease.version):
                 lease = await self._ask(name)
-            now = self._monotonic()
-            self._leases = {key: other for key, other in self._leases.items() if other.until > now} | {name: lease}
+            now = self.monotonic()
+            self._keep(lambda other: other.until > now and other.name != name, lease)
             return lease
 
     async def _ask(self, name: str) -> Lease:
@@ -225,7 +228,7 @@ class Vault:
             self._count("open", "unavailable")
             raise CredentialUnavailable(f"the credential {name} cannot be opened: {error}") from None
         self._count("open", "ok")
-        until = self._monotonic() + self._lease_seconds
+        until = self.monotonic() + self._lease_seconds
         return Lease(name, record.version, record.kind, record.fields, opened.secret, grant, until)
 
     async def _change(self, operation: str, name: str, work: Awaitable[int]) -> int:

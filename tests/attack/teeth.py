@@ -225,9 +225,38 @@ TEETH: tuple[Tooth, ...] = (
     Tooth(
         "leak-in-head",
         "addon.py",
-        "        self.runtime.leaks.check(view, target, formats=approved.scan)\n",
-        "",
+        "self.runtime.leaks.check(view, target, formats=approved.scan)\n",
+        "True\n",
         "test_leaks.py -k in_any_header",
+    ),
+    # What was decided before
+    Tooth(
+        "replay-policy",
+        "replay.py",
+        "            and ground.policy is runtime.rules.policy\n",
+        "",
+        "../wire/test_replay.py -k new_block_rule",
+    ),
+    Tooth(
+        "replay-rules",
+        "replay.py",
+        "not plan.decision.allowed or plan.rules != known.state[\"rules\"]",
+        "False",
+        "../wire/test_replay.py -k another_rule",
+    ),
+    Tooth(
+        "replay-body",
+        "replay.py",
+        "if not self._runtime.leaks.is_clean(body, formats=state.guarded[1]):",
+        "if False:",
+        "../wire/test_replay.py -k looked_through",
+    ),
+    Tooth(
+        "replay-answer",
+        "replay.py",
+        "if redactor and redactor.finds(body):",
+        "if False:",
+        "../wire/test_replay.py -k next_answer",
     ),
     Tooth(
         "leak-held-back",

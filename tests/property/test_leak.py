@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 
 import brotli  # type: ignore[import-untyped]
+import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy import literals
 from proxy.leak import MIN_GUARDED, Detector, Finding, Leak, LeakStream, spellings
 
 API = Finding("credential", "api")
@@ -26,6 +28,14 @@ ENCODERS: dict[str, Callable[[bytes], bytes]] = {
 FEW_BYTES = st.lists(st.sampled_from([b"a", b"b", b"ab", b"aaaa"]), max_size=60).map(b"".join)
 SECRETS = st.binary(min_size=MIN_GUARDED, max_size=60) | FEW_BYTES.filter(lambda text: len(text) >= MIN_GUARDED)
 CUTS = st.lists(st.integers(0, 400), max_size=12)
+
+
+@pytest.fixture(scope="module", autouse=True, params=[0, literals.WORTH])
+def worth(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Short bodies are looked through as long ones are, and as they are."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(literals, "WORTH", request.param)
+        yield
 
 
 def cut(data: bytes, cuts: Iterable[int]) -> list[bytes]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from unittest.mock import patch
 
 import brotli  # type: ignore[import-untyped]
+import pytest
 import zstandard
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from proxy import redact
+from proxy import literals, redact
 from proxy.coding import PIECE, SCANNABLE, Undecodable, decoder, narrow_accept_encoding
 from proxy.forms import MIN_REDACTABLE, forms
 from proxy.redact import BodyRedactor, Replacer, secret_replacer
@@ -30,6 +31,14 @@ PATTERNS = st.lists(FEW_BYTES.filter(len), min_size=1, max_size=5, unique=True)
 # No brackets: "]abc" after a replacement could be half replacement, half body.
 SECRETS = st.binary(min_size=MIN_REDACTABLE, max_size=40).filter(lambda secret: not {*b"[]"} & {*secret})
 CUTS = st.lists(st.integers(0, 400), max_size=12)
+
+
+@pytest.fixture(scope="module", autouse=True, params=[0, literals.WORTH])
+def worth(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Short bodies are looked through as long ones are, and as they are."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(literals, "WORTH", request.param)
+        yield
 
 
 def cut(data: bytes, cuts: Iterable[int]) -> list[bytes]:

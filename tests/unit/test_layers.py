@@ -17,7 +17,7 @@ LAYERS = {
     0: "problem reason secret",
     1: (
         "address agent agenttoken auditchain bodymatch clienthello coding exchange forms frames framing http1 "
-        "jaildns pattern proof request series strangers url"
+        "jaildns literals pattern proof request series strangers url"
     ),
     2: "claims grant keyformats leak policy redact sigv4",
     3: (
@@ -25,16 +25,15 @@ LAYERS = {
         "sealing validation yamltree"
     ),
     4: (
-        "admin agentca arrival audit auditline auditlink ca canary certificate cpus doctorclients doctorways "
+        "admin agentca arrival audit auditline auditlink ca canary certificate cipher cpus doctorclients doctorways "
         "embedded files follow gateway gatewaykeys guard guesses handover identity jailfs jailnet jwks jwtidentity "
         "killswitch leakguard limiter link listening masterkey metrics mtls parent poller proxies records redirect "
         "registry rekey rollback rotation running sandboxca sandboxenv settings settingvalue snapshot store "
         "unixsocket upstream vault workerprocess"
     ),
     5: (
-        "addon contexts cut doors flow jaildoor lane layers peer pool relay runtime server signing strict1 strict2 "
-        "strictws "
-        "supervisor tls tlsdoor transparent worker"
+        "addon contexts cut doors flow jaildoor lane layers peer pool relay replay runtime server signing strict1 "
+        "strict2 strictws supervisor tls tlsdoor transparent worker"
     ),
     6: "__main__ check cli cliaudit clicanary cligateway clirekey demo doctor jail script",
 }

@@ -38,6 +38,7 @@ CONTRACT = {  # sample name -> its labels
     "sallyport_vault_operations_total": {"operation", "result"},
     "sallyport_audit_dropped_total": set(),
     "sallyport_identity_proofs_total": {"proof"},
+    "sallyport_requests_replayed_total": set(),
     "sallyport_certificates_minted_total": set(),
     "sallyport_worker_restarts_total": {"worker"},
     "sallyport_build_info": {"version", "mitmproxy", "python"},

@@ -409,8 +409,8 @@ def test_the_name_is_told_and_http_1_asked_for(trust: list[Path]) -> None:
         async with Origin(origin_context()).serve() as origin:
             pool = Pool(poller, led(origin.port).route, trust)
             connection = await used(pool, place())
-            assert isinstance(connection.channel.sock, ssl.SSLSocket)
-            assert connection.channel.sock.selected_alpn_protocol() == "http/1.1"
+            assert connection.channel.tls
+            assert connection.channel.tls.selected_alpn_protocol() == "http/1.1"
             await used(pool, place(Host.parse("127.0.0.1")))
             assert origin.names == ["api.test", None]
 

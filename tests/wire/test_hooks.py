@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -32,10 +33,12 @@ BEFORE_MITMPROXY = ("next_layer", "tls_clienthello", "tls_start_client", "server
 BEFORE_INNER = ("addon:Addon._identify", "flow:view_of", "flow:write_request", "gateway:Gateway.approve")
 BEFORE_INNER += ("vault:Vault.check", "upstream:Upstream.addresses")
 AFTER = ("responseheaders", "flow:clean_response_headers", "redact:Replacer.finds")
+REPLAYED = ("recall", "may_leave", "answer")
 STREAMED = ("redact:BodyRedactor.feed", "redact:BodyRedactor.finish")
 LAST = ("response", "client_disconnected", "addon:Addon._record", "metrics:Metrics.record", "audit:Audit.record")
 
 ON_FAILURE, ON_WEBSOCKET = ("error", "server_connect_error"), ("websocket_message", "websocket_end")
+ONCE = itertools.count()
 EVERY_HOOK = [
     name for name in (*BEFORE, *BEFORE_MITMPROXY, *AFTER, *LAST, *ON_FAILURE, *ON_WEBSOCKET) if ":" not in name
 ]
@@ -71,7 +74,9 @@ def void(_: object) -> None:
 
 
 def get(proxy: Proxy, body: bytes | None = None, host: str = "api.test") -> Response:
-    return proxy.get(f"https://{host}/x", method="POST" if body else "GET", body=body)
+    """One that is decided: nothing like it was asked before."""
+    headers = {"x-once": str(next(ONCE))}
+    return proxy.get(f"https://{host}/x", method="POST" if body else "GET", headers=headers, body=body)
 
 
 def attempt(proxy: Proxy, body: bytes | None = None, *, http2: bool = False) -> Response | None:
@@ -97,6 +102,25 @@ def test_what_fails_before_the_upstream_keeps_the_request_from_it(
         assert SECRET not in response.body.decode()
     assert upstream.seen == []
     assert SECRET not in proxy.stderr_text()
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+def test_what_fails_when_a_request_is_asked_again_keeps_it_or_its_answer(
+    make_proxy: Callable[..., Proxy], proxy: Proxy, upstream: Upstream, plant: Callable[[str], None], name: str
+) -> None:
+    """A mistake in what spares deciding: it cuts. On mitmproxy's stack all is decided."""
+    with closing(proxy.tunnel("api.test")) as connection:
+        for asked in range(4):
+            if asked == 3:
+                upstream.seen.clear()
+                plant(f"replay:Replays.{name}")
+            body = b"again%d" % (asked > 1)
+            connection.send(b"POST /x HTTP/1.1\r\nhost: api.test\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+            if asked < 3 or "fast" not in proxy.config.read_text():
+                assert connection.response().status == 200
+            else:
+                assert connection.closed()
+    assert len(upstream.seen) == (0 if name in ("recall", "may_leave") and "fast" in proxy.config.read_text() else 1)
 
 
 def test_what_fails_while_a_credential_is_opened_refuses(
