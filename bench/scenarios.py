@@ -36,6 +36,7 @@ class Scenario:
 
 
 _REQUESTS = ("cpu_us", "rps", "p50_us", "p99_us")
+_SMALL = {"mitmdump": 15, "envoy": 1.0, "squid": 1.0, "go": 0.6}
 _BULK = ("cpu_s_gib", "mib_s", "growth_mib")
 
 _ALL = (
@@ -44,7 +45,23 @@ _ALL = (
         "Keep-alive, small GET, 16 connections",
         "cpu_us",
         _REQUESTS,
-        targets={"mitmdump": 15, "envoy": 1.0, "squid": 1.0, "go": 0.6},
+        targets=_SMALL,
+        note="All ask for the same: Sallyport decides it once, and again when something has changed.",
+    ),
+    Scenario(
+        "varied",
+        "The same, each time for another path: all is decided anew",
+        "cpu_us",
+        _REQUESTS,
+        ("-v",),
+        targets=_SMALL,
+    ),
+    Scenario(
+        "post",
+        "Keep-alive, POST of 2 KiB, 16 connections",
+        "cpu_us",
+        _REQUESTS,
+        ("-b", "2048"),
     ),
     Scenario(
         "newconn",

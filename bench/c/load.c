@@ -12,6 +12,7 @@ static struct {
     const char *host;          /* with %d: another name each connection, counted from first_host */
     const char *path, *credential;
     int first_host, hosts, connections, opening; /* opening: so many at once while warming up */
+    bool varied;               /* another path for each request */
     long per_connection;       /* requests before a connection is closed; 0: no limit */
     double warm_up, seconds, rate;
     long requests;             /* stop after so many; 0: no limit */
@@ -97,12 +98,13 @@ static void dial(struct conn *c) {
 }
 
 static void write_request(struct conn *c) {
-    char name[128];
+    char name[128], varied[32] = "";
     uint64_t upload = measuring ? want.upload : 0;
     snprintf(name, sizeof name, want.host, c->host);
+    if (want.varied) snprintf(varied, sizeof varied, "/%ld?page=%ld", started, started % 100);
     size_t n = (size_t)snprintf(c->out, sizeof c->out,
-        "%s %s HTTP/1.1\r\nHost: %s:%d\r\nUser-Agent: bench/1\r\nAccept: */*\r\n", upload ? "POST" : "GET",
-        measuring ? want.path : "/v1/models", name, want.port);
+        "%s %s%s HTTP/1.1\r\nHost: %s:%d\r\nUser-Agent: bench/1\r\nAccept: */*\r\n", upload ? "POST" : "GET",
+        measuring ? want.path : "/v1/models", varied, name, want.port);
     if (want.credential) n += (size_t)snprintf(c->out + n, sizeof c->out - n, "Authorization: %s\r\n", want.credential);
     if (upload) n += (size_t)snprintf(c->out + n, sizeof c->out - n, "Content-Length: %lu\r\n", upload);
     c->out_size = n + (size_t)snprintf(c->out + n, sizeof c->out - n, "\r\n");
@@ -313,7 +315,7 @@ int main(int argc, char **argv) {
     SSL_CTX_set1_groups_list(context, "X25519:P-256"); /* the same choice for everybody */
     SSL_CTX_set1_sigalgs_list(context, "ECDSA+SHA256");
     SSL_CTX_set_ciphersuites(context, "TLS_AES_128_GCM_SHA256");
-    for (int o; (o = getopt(argc, argv, "p:Rt:h:f:m:u:C:c:o:k:w:s:r:n:b:A:a:")) != -1;) switch (o) {
+    for (int o; (o = getopt(argc, argv, "p:Rt:h:f:m:u:vC:c:o:k:w:s:r:n:b:A:a:")) != -1;) switch (o) {
         case 'p': want.proxy = atoi(optarg); break;
         case 'R': want.reverse = true; break;
         case 't': want.port = atoi(optarg); break;
@@ -321,6 +323,7 @@ int main(int argc, char **argv) {
         case 'f': want.first_host = atoi(optarg); break;
         case 'm': want.hosts = atoi(optarg); break;
         case 'u': want.path = optarg; break;
+        case 'v': want.varied = true; break;
         case 'C': want.credential = optarg; break;
         case 'c': want.connections = atoi(optarg); break;
         case 'o': want.opening = atoi(optarg); break;
