@@ -783,7 +783,7 @@ class Connection:
             if body.done:
                 break
             try:
-                data = await self.channel.recv_more(self.idle)
+                data = await self.channel.recv(self.idle)
             except (OSError, TimeoutError):
                 data = b""
             if not data:
@@ -901,7 +901,7 @@ class Connection:
             if out:
                 await self.channel.send(b"".join(out), self.idle)
                 out.clear()
-            data = await upstream.channel.recv_more(self.idle)
+            data = await upstream.channel.recv(self.idle)
             if not data:
                 body.end()
             elif upstream.buffer or not body.whole(data):

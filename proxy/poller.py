@@ -218,10 +218,6 @@ class Channel:
         self._stirred = count > 0
         return count
 
-    async def recv_more(self, seconds: float) -> bytes:
-        """The same: of TLS, too, all records that arrived together are taken, up to some `CHUNK`."""
-        return await self.recv(seconds)
-
     def absorbs(self) -> bool:
         """Whether all that has arrived is of TLS itself, such as a session ticket: it is taken. Raises OSError."""
         if self._cipher is None:

@@ -240,7 +240,7 @@ TEETH: tuple[Tooth, ...] = (
     Tooth(
         "replay-rules",
         "replay.py",
-        "not plan.decision.allowed or plan.rules != known.state[\"rules\"]",
+        'not plan.decision.allowed or plan.rules != known.state["rules"]',
         "False",
         "../wire/test_replay.py -k another_rule",
     ),

@@ -39,7 +39,7 @@ def client_context() -> ssl.SSLContext:
 async def read(channel: Channel, size: int) -> bytes:
     data = b""
     while len(data) < size:
-        more = await channel.recv_more(SECONDS)
+        more = await channel.recv(SECONDS)
         assert more
         data += more
     return data
@@ -122,7 +122,7 @@ def test_records_that_arrived_together_are_read_together() -> None:
         client, server = pair(poller)
         await secure(client, server)
         await result(client.send(bytes(40000), SECONDS))
-        assert len(await result(server.recv_more(SECONDS))) == 40000
+        assert len(await result(server.recv(SECONDS))) == 40000
         await result(client.send(b"a", SECONDS))
         await result(client.send(b"b", SECONDS))
         assert await result(server.recv(SECONDS)) == b"ab"
@@ -140,7 +140,7 @@ def test_the_end_is_empty_and_stays_so(tls: bool) -> None:
             await secure(right, left)
         await result(left.send(b"bye", SECONDS))
         left.close()
-        assert [await result(right.recv_more(SECONDS)) for _ in range(3)] == [b"bye", b"", b""]
+        assert [await result(right.recv(SECONDS)) for _ in range(3)] == [b"bye", b"", b""]
 
     play(scene)
 
@@ -776,7 +776,7 @@ def test_no_wake_up_is_lost_in_a_crowd(tls: bool, seed: int) -> None:
         dice = random.Random(seed)
 
         async def relay(source: Channel, target: Channel) -> None:
-            while data := await (source.recv_more if dice.random() < 0.5 else source.recv)(SECONDS):
+            while data := await source.recv(SECONDS):
                 if dice.random() < 0.2:
                     await Strand.finish(asyncio.sleep(0))
                 await (target.send_soon if dice.random() < 0.5 else target.send)(data, SECONDS)
