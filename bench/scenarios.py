@@ -50,7 +50,7 @@ _ALL = (
     ),
     Scenario(
         "varied",
-        "The same, each time for another path: all is decided anew",
+        "The same, each time for another path: the rules are asked anew",
         "cpu_us",
         _REQUESTS,
         ("-v",),
