@@ -39,13 +39,13 @@ def line(exchange: Exchange) -> bytes:
         f'"listener":{_known(exchange.listener)},"identity":[{_proofs(tuple(exchange.identity))}],'
         f'"client":{_known(exchange.client)},'
         f"{asked(exchange.method, exchange.scheme, exchange.host, exchange.port, exchange.path)},"
-        f'"verdict":"{"allow" if exchange.allowed else "block"}","reason":"{exchange.reason._value_}",'
+        f'"verdict":"{exchange.verdict}","reason":"{exchange.reason.value}",'
         f"{_decided(exchange.rule, exchange.rule_at, exchange.policy)},"
         f'"rewritten":{"true" if exchange.rewritten else "false"},"injected":[{injected}],"redacted":[{redacted}],'
         f'"status":{exchange.status or "null"},"request_bytes":{exchange.request_bytes},'
         f'"response_bytes":{exchange.response_bytes},"duration_ms":{duration:.3f},"decision_us":{decision:.1f},'
         f'"upstream_ip":{_known(exchange.upstream_ip) if exchange.upstream_ip else "null"},'
-        f'"trace_id":{_text(exchange.trace_id) if exchange.trace_id else "null"}{_leak(exchange)}}}\n'
+        f'"trace_id":{_text_or_null(exchange.trace_id)}{_leak(exchange)}}}\n'
     ).encode("ascii")
 
 

@@ -296,8 +296,12 @@ def clean_response_headers(flow: http.HTTPFlow, edits: tuple[Edit, ...], redacto
     _frame(flow, response)
     if head:
         passed: tuple[Field, ...] = data.headers.fields
-        coded = any(name.lower() == b"content-encoding" for name, _ in passed)
-        head.cleaned = Cleaned(redactor, edits, passed, response_bytes(data.status_code, data.reason, passed), coded)
+        lines = response_bytes(data.status_code, data.reason, passed)
+        head.cleaned = Cleaned(redactor, edits, passed, lines, _is_coded(passed))
+
+
+def _is_coded(fields: Iterable[Field]) -> bool:
+    return any(name.lower() == b"content-encoding" for name, _ in fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,13 +318,17 @@ class Cleaned:
 
 def cleaned_lines(flow: http.HTTPFlow) -> bytes:
     """The bytes of the head of a response."""
-    head, response = state_of(flow).answer, flow.response
+    response, known = flow.response, _cleaned(flow)
     assert response
     data = response.data
+    return known.lines if known else response_bytes(data.status_code, data.reason, data.headers.fields)
+
+
+def _cleaned(flow: http.HTTPFlow) -> Cleaned | None:
+    """What is known of the head of a response, where nobody has changed it since."""
+    head, response = state_of(flow).answer, flow.response
     known: Cleaned | None = head.cleaned if head else None
-    if known and known.fields is data.headers.fields:
-        return known.lines
-    return response_bytes(data.status_code, data.reason, data.headers.fields)
+    return known if known and response and known.fields is response.data.headers.fields else None
 
 
 _NOT_BACK = frozenset(
@@ -435,12 +443,8 @@ def redact_whole(flow: http.HTTPFlow, redactor: Replacer) -> bool:
     assert state.whole is not None
     if _has_no_body(flow):
         return True
-    fields, head = response.data.headers.fields, state.answer
-    if head and (known := head.cleaned) and known.fields is fields:
-        coded = known.coded
-    else:
-        coded = any(name.lower() == b"content-encoding" for name, _ in fields)
-    if coded:
+    fields, known = response.data.headers.fields, _cleaned(flow)
+    if known.coded if known else _is_coded(fields):
         return False
     if redactor.finds(state.whole):
         state.whole = _redacted(state.whole, redactor, state.exchange, "body")

@@ -830,7 +830,7 @@ class Connection:
 
     async def _upstream(self, shelf: Shelf, *, fresh: bool) -> UpstreamConnection:
         try:
-            upstream = (None if fresh else self.lane.pool.kept(shelf)) or await self.lane.pool.dial(shelf)
+            upstream = await self.lane.pool.take(shelf, fresh=fresh)
         except Refused as refused:
             raise Failed(refused.reason) from None
         if self.channel.closed:  # cut meanwhile, perhaps because its agent was killed

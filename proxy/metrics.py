@@ -135,8 +135,8 @@ class Metrics:
 
     def record(self, exchange: Exchange) -> None:
         """Count one exchange, after it ended."""
-        verdict, agent = "allow" if exchange.allowed else "block", exchange.agent
-        its = self._series(agent.id if agent else NONE)
+        verdict = exchange.verdict
+        its = self._series(exchange.agent_id or NONE)
         its.requests[verdict, exchange.reason] += 1
         its.bytes[_REQUEST_BYTES] += exchange.request_bytes
         its.bytes[_RESPONSE_BYTES] += exchange.response_bytes

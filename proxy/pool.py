@@ -115,8 +115,11 @@ class Pool:
 
         Raises Refused.
         """
-        shelf = self.shelf(place)
-        return (None if fresh else self.kept(shelf)) or await self.dial(shelf)
+        return await self.take(self.shelf(place), fresh=fresh)
+
+    async def take(self, shelf: Shelf, *, fresh: bool = False) -> UpstreamConnection:
+        """The same, where the shelf is known. Raises Refused."""
+        return (None if fresh else self.kept(shelf)) or await self._dial(shelf)
 
     def kept(self, shelf: Shelf) -> UpstreamConnection | None:
         """A kept connection that is still there, if any."""
@@ -167,8 +170,7 @@ class Pool:
             del self._idle[connection]
             connection.shelf.idle.remove(connection)
 
-    async def dial(self, shelf: Shelf) -> UpstreamConnection:
-        """A new connection. Raises Refused."""
+    async def _dial(self, shelf: Shelf) -> UpstreamConnection:
         place = shelf.place
         route = await Strand.finish(self._resolve(place.host, place.port, private=place.private))
         reason = Reason.UPSTREAM_UNREACHABLE

@@ -91,8 +91,8 @@ class Settled:
         data = request.data
         lines = self.message[self.message.index(b"\r\n") :]
         if length != self.length:
-            lines = _with_length(lines, length)
-            data.headers = fast_headers(with_length(data.headers.fields, length))
+            lines = _lines_with_length(lines, length)
+            data.headers = fast_headers(_fields_with_length(data.headers.fields, length))
         exchange, state = {**self.exchange, "path": view.path}, {**self.state, "view": view}
         message = b"%b %b HTTP/1.1%b" % (data.method, path, lines)
         return Settled(
@@ -110,13 +110,13 @@ class Settled:
         )
 
 
-def _with_length(lines: bytes, length: int) -> bytes:
+def _lines_with_length(lines: bytes, length: int) -> bytes:
     told = _LENGTH.search(lines)
     assert told
     return b"%b%d%b" % (lines[: told.start(1)], length, lines[told.end(1) :])
 
 
-def with_length(fields: tuple[Field, ...], length: int) -> list[Field]:
+def _fields_with_length(fields: tuple[Field, ...], length: int) -> list[Field]:
     """Header fields that say another content length."""
     return [(name, b"%d" % length if name.lower() == b"content-length" else value) for name, value in fields]
 
@@ -320,7 +320,7 @@ class Replays:
         except Ambiguous:
             return None
         if length != known.length:
-            view = view.with_headers(tuple(with_length(view.headers, length)))
+            view = view.with_headers(tuple(_fields_with_length(view.headers, length)))
         assert known.ground.policy
         plan = make_plan(known.ground.policy, agent, view)
         if not plan.decision.allowed or plan.rules != known.state["rules"] or plan.view is not view:
