@@ -24,13 +24,6 @@ def _shared_upstream(upstream_ca: trustme.CA) -> Iterator[Upstream]:
         yield upstream
 
 
-@pytest.fixture
-def upstream(_shared_upstream: Upstream) -> Upstream:
-    """A TLS upstream for api.test, *.api.test and other.test that echoes, and keeps what it saw."""
-    _shared_upstream.reset()
-    return _shared_upstream
-
-
 @pytest.fixture(scope="session")
 def _shared_plain_upstream() -> Iterator[Upstream]:
     with Upstream(None) as upstream:
@@ -38,9 +31,21 @@ def _shared_plain_upstream() -> Iterator[Upstream]:
 
 
 @pytest.fixture
-def plain_upstream(_shared_plain_upstream: Upstream) -> Upstream:
-    """The same names without TLS."""
+def _fresh_upstreams(_shared_upstream: Upstream, _shared_plain_upstream: Upstream) -> None:
+    """A rule without a scheme leads to both, whichever a test asks for."""
+    _shared_upstream.reset()
     _shared_plain_upstream.reset()
+
+
+@pytest.fixture
+def upstream(_shared_upstream: Upstream, _fresh_upstreams: None) -> Upstream:
+    """A TLS upstream for api.test, *.api.test and other.test that echoes, and keeps what it saw."""
+    return _shared_upstream
+
+
+@pytest.fixture
+def plain_upstream(_shared_plain_upstream: Upstream, _fresh_upstreams: None) -> Upstream:
+    """The same names without TLS."""
     return _shared_plain_upstream
 
 

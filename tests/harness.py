@@ -22,7 +22,7 @@ import trustme
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 15.0
+PATIENCE = 60.0  # seconds; only what fails takes as long, or a machine that is busy with other things
 
 
 def wait_for[T](condition: Callable[[], T], what: str = "the condition") -> T:
@@ -262,10 +262,15 @@ class Connection:
         elif "content-length" in lower:
             body = self.read_exactly(int(lower["content-length"]))
         else:
-            body, self.buffer = self.buffer, b""
-            while data := self.recv():
-                body += data
+            body = self.rest()
         return Response(status, headers, body)
+
+    def rest(self) -> bytes:
+        """Everything until the end."""
+        rest, self.buffer = self.buffer, b""
+        while data := self.recv():
+            rest += data
+        return rest
 
     def closed(self) -> bool:
         """Whether the peer closes without another byte."""

@@ -160,7 +160,7 @@ class Bench:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=200,
             check=check,
             start_new_session=True,
         )

@@ -52,7 +52,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=50, **options)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, **options)
 
 
 def told(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def test_two_first_launches_set_up_once(tmp_path: Path) -> None:
         subprocess.Popen([repository / "sallyport", name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for name in ("one", "two")
     ]
-    answers = [process.communicate(timeout=50) for process in both]
+    answers = [process.communicate(timeout=200) for process in both]
     assert [json.loads(output)["argv"] for output, _ in answers] == [["one"], ["two"]]
     assert "".join(errors for _, errors in answers).count(SET_UP) == 1
 

@@ -74,18 +74,10 @@ def accepted(proxy: Proxy, host: str) -> Connection:
     return connection
 
 
-def everything(connection: Connection) -> bytes:
-    """Every byte until the connection ends, which it must."""
-    got = connection.buffer
-    while data := connection.recv():
-        got += data
-    return got
-
-
 def request(proxy: Proxy, version: str = "1.1", more: str = "", body: bytes = b"", host: str = "api.test") -> bytes:
     tunnel = proxy.tunnel(host)
     tunnel.send(f"GET /x HTTP/{version}\r\nhost: {host}\r\nconnection: close\r\n{more}\r\n".encode() + body)
-    return everything(tunnel)
+    return tunnel.rest()
 
 
 def http2(proxy: Proxy) -> bytes:
@@ -98,7 +90,7 @@ def http2(proxy: Proxy) -> bytes:
 def flood(proxy: Proxy) -> bytes:
     client = Http2(proxy.tunnel("api.test", alpn="h2"))
     push(client, b"".join(frame.serialize() for frame in resets("/x")))
-    return everything(client.connection)
+    return client.connection.rest()
 
 
 def websocket(proxy: Proxy) -> bytes:
@@ -107,7 +99,7 @@ def websocket(proxy: Proxy) -> bytes:
     tunnel.send(HANDSHAKE.format("/x").encode())
     assert tunnel.response().status == 101
     tunnel.send(b"\x81\x85\x00\x00\x00\x00hello")
-    return everything(tunnel)
+    return tunnel.rest()
 
 
 def leak(proxy: Proxy) -> bytes:
@@ -121,13 +113,13 @@ def leak(proxy: Proxy) -> bytes:
 def garbage(proxy: Proxy) -> bytes:
     tunnel = proxy.tunnel("api.test")
     tunnel.send(b"GARBAGE\r\n\r\n")
-    return everything(tunnel)
+    return tunnel.rest()
 
 
 def no_tls(proxy: Proxy) -> bytes:
     tunnel = accepted(proxy, "api.test")
     tunnel.send(b"SSH-2.0-x\r\n")
-    return everything(tunnel)
+    return tunnel.rest()
 
 
 def untrusting(proxy: Proxy) -> bytes:
@@ -148,7 +140,7 @@ def passed(proxy: Proxy, host: str) -> bytes:
     except OSError:
         return b""
     tunnel.send(b"GET /x HTTP/1.1\r\nhost: %s\r\nconnection: close\r\n\r\n" % host.encode())
-    return everything(tunnel)
+    return tunnel.rest()
 
 
 SCENES: dict[str, Callable[[Proxy], bytes]] = {

@@ -184,10 +184,7 @@ def raw_answer(proxy: Proxy) -> bytes:
     """Every byte that reaches the sandbox."""
     with closing(proxy.tunnel("api.test")) as tunnel:
         tunnel.send(b"GET /x HTTP/1.1\r\nhost: api.test\r\nconnection: close\r\n\r\n")
-        got = b""
-        while data := tunnel.recv():
-            got += data
-        return got
+        return tunnel.rest()
 
 
 @pytest.mark.parametrize("name", LAST)
@@ -239,9 +236,7 @@ def test_what_fails_on_a_websocket_ends_it(
     plant(name)
     message = b"\x81\x85\x00\x00\x00\x00hello"
     tunnel.send(message if name == "websocket_message" else b"\x88\x80\x00\x00\x00\x00")
-    heard = b""
-    while data := tunnel.recv():
-        heard += data
+    heard = tunnel.rest()
     if name == "websocket_message":
         assert heard == b""
         assert b"hello" not in unmasked(got)

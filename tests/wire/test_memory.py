@@ -16,7 +16,7 @@ import trustme
 
 from tests.harness import Connection, Proxy, server_context, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 type Make = Callable[..., Proxy]
 

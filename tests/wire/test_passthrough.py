@@ -59,7 +59,7 @@ def proxy(make_proxy: Make, lane: str, _pinned: Upstream, half: Upstream) -> Pro
     led = {"pinned.test:443": f"127.0.0.1:{_pinned.port}", "half.test:443": f"127.0.0.1:{half.port}"}
     led["nowhere.test:443"] = "127.0.0.1:1"
     led["inner.test:443"] = "localhost:443"  # what a name resolves to must be public
-    proxy = make_proxy(RULES, lane=lane, connect_to=led, limits={"idle": "2s"})
+    proxy = make_proxy(RULES, lane=lane, connect_to=led)
     proxy.agent()
     return proxy
 
@@ -219,8 +219,11 @@ def test_a_kill_cuts_it(proxy: Proxy, pinned: Upstream, pinned_ca: trustme.CA) -
     assert pinned.connections == seen
 
 
-def test_silence_ends_it(proxy: Proxy, pinned: Upstream, pinned_ca: trustme.CA) -> None:
+def test_silence_ends_it(make_proxy: Make, lane: str, pinned: Upstream, pinned_ca: trustme.CA) -> None:
     """`limits.idle`, but not while one side is heard."""
+    led = {"pinned.test:443": f"127.0.0.1:{pinned.port}"}
+    proxy = make_proxy(RULES, lane=lane, connect_to=led, limits={"idle": "2s"})
+    proxy.agent()
 
     async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_request(reader)
