@@ -173,7 +173,7 @@ class Addon:
                 del self.by_agent[agent]
         self.runtime.metrics.connection(peer.listener.address, -1)
         if peer.replay:
-            self.runtime.finish(peer.replay)
+            self.runtime.finish(peer.replay.state)
         for flow in list(peer.open.values()):
             self._record(flow)
 

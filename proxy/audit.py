@@ -139,7 +139,7 @@ class Audit:
         self._file = sink or AuditFile(path, stdout)
         self._path = path
         self._on_drop = on_drop
-        self._queue: SimpleQueue[Exchange | None] = SimpleQueue()
+        self._queue: SimpleQueue[Exchange | bytes | None] = SimpleQueue()
         self._closing = threading.Event()
         self._refuse = refuse
         self._problem = ""
@@ -161,8 +161,8 @@ class Audit:
         """Whether the last group was written and nothing was dropped since."""
         return not self.problem
 
-    def record(self, exchange: Exchange) -> None:
-        """Queue one ended exchange, which must not change any more. Never blocks."""
+    def record(self, exchange: Exchange | bytes) -> None:
+        """Queue one ended exchange, which must not change any more, or its line. Never blocks."""
         if self._closing.is_set() or self._queue.qsize() >= QUEUE:
             self._problem = self._problem or f"{self._path}: more than {QUEUE} exchanges wait to be written"
             self._on_drop(1)
@@ -191,9 +191,9 @@ class Audit:
             self._problem = self._problem or "the audit log is closed"
             self._file.close()
 
-    def _next_group(self) -> tuple[list[Exchange], bool]:
+    def _next_group(self) -> tuple[list[Exchange | bytes], bool]:
         """The next exchanges to write together, and whether any can follow."""
-        group: list[Exchange] = []
+        group: list[Exchange | bytes] = []
         exchange = self._queue.get()
         if exchange is not None:
             self._closing.wait(LINGER)
@@ -206,9 +206,9 @@ class Audit:
             return group, False
         return group, True
 
-    def _line(self, exchange: Exchange) -> bytes:
+    def _line(self, exchange: Exchange | bytes) -> bytes:
         try:
-            return line(exchange)
+            return exchange if isinstance(exchange, bytes) else line(exchange)
         except Exception:  # one odd record must not end the thread that writes all the others
             self._on_drop(1)
             return b""

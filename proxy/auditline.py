@@ -9,12 +9,22 @@ import time
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii
 from math import isfinite
+from typing import NamedTuple
 
 from proxy.agent import Agent
 from proxy.exchange import Exchange, Injected
 
 _MOST = 1024  # texts remembered of each kind
-_SHORT = 256  # characters: only such paths are worth remembering
+
+
+class Words(NamedTuple):
+    """What a line says of who asked, what was decided and what was done to it, as JSON: exchanges that are decided
+    alike have the same."""
+
+    agent: str
+    identity: str
+    decided: str
+    trace: str
 
 
 def line(exchange: Exchange) -> bytes:
@@ -23,38 +33,77 @@ def line(exchange: Exchange) -> bytes:
 
     Raises ValueError or TypeError for what JSON cannot say.
     """
+    return written(
+        words(exchange),
+        asked(exchange.method, exchange.scheme, exchange.host, exchange.port, exchange.path),
+        exchange.time,
+        exchange.id,
+        exchange.listener,
+        exchange.client,
+        exchange.status,
+        exchange.request_bytes,
+        exchange.response_bytes,
+        exchange.duration,
+        exchange.decision_duration,
+        exchange.upstream_ip,
+    )
+
+
+def written(
+    words: Words,
+    asked: str,
+    began: float,
+    exchange_id: str,
+    listener: str,
+    client: str,
+    status: int,
+    request_bytes: int,
+    response_bytes: int,
+    duration: float,
+    decision: float,
+    upstream_ip: str,
+) -> bytes:
+    """A line of these words, and those of `asked`; times and durations are seconds. Raises as `line`."""
+    agent, identity, decided, trace = words
+    duration, decision = duration * 1e3, decision * 1e6
+    if not isfinite(duration + decision):
+        raise ValueError("not a number of JSON")
+    return (
+        f'{{"time":"{_time(began)}","id":{_text(exchange_id)},{agent},"listener":{_known(listener)},'
+        f'"identity":{identity},"client":{_known(client)},{asked},{decided},"status":{status or "null"},'
+        f'"request_bytes":{request_bytes},"response_bytes":{response_bytes},"duration_ms":{duration:.3f},'
+        f'"decision_us":{decision:.1f},"upstream_ip":{_known(upstream_ip) if upstream_ip else "null"},{trace}}}\n'
+    ).encode("ascii")
+
+
+def words(exchange: Exchange) -> Words:
+    """What is to say of an exchange beside its target, times, sizes and places."""
     redacted = ",".join(
         [
             f'{{"credential":{_text(name)},"where":{_text(where)},"count":{count}}}'
             for (name, where), count in exchange.redacted.items()
         ]
     )
-    asked = _asked if len(exchange.path) <= _SHORT else _asked.__wrapped__
     injected = _injected(tuple(exchange.injected)) if exchange.injected else ""
-    duration, decision = exchange.duration * 1e3, exchange.decision_duration * 1e6
-    if not isfinite(duration + decision):
-        raise ValueError("not a number of JSON")
-    return (
-        f'{{"time":"{_time(exchange.time)}","id":{_text(exchange.id)},{_agent(exchange.agent)},'
-        f'"listener":{_known(exchange.listener)},"identity":[{_proofs(tuple(exchange.identity))}],'
-        f'"client":{_known(exchange.client)},'
-        f"{asked(exchange.method, exchange.scheme, exchange.host, exchange.port, exchange.path)},"
+    return Words(
+        _agent(exchange.agent),
+        f"[{_proofs(tuple(exchange.identity))}]",
         f'"verdict":"{exchange.verdict}","reason":"{exchange.reason.value}",'
         f"{_decided(exchange.rule, exchange.rule_at, exchange.policy)},"
-        f'"rewritten":{"true" if exchange.rewritten else "false"},"injected":[{injected}],"redacted":[{redacted}],'
-        f'"status":{exchange.status or "null"},"request_bytes":{exchange.request_bytes},'
-        f'"response_bytes":{exchange.response_bytes},"duration_ms":{duration:.3f},"decision_us":{decision:.1f},'
-        f'"upstream_ip":{_known(exchange.upstream_ip) if exchange.upstream_ip else "null"},'
-        f'"trace_id":{_text_or_null(exchange.trace_id)}{_leak(exchange)}}}\n'
-    ).encode("ascii")
+        f'"rewritten":{"true" if exchange.rewritten else "false"},"injected":[{injected}],"redacted":[{redacted}]',
+        f'"trace_id":{_text_or_null(exchange.trace_id)}{_leak(exchange)}',
+    )
+
+
+def asked(method: str, scheme: str, host: str, port: int, path: str) -> str:
+    """What a line says of what was asked for."""
+    place = _place(method, scheme, host, port)
+    return f'{place},"path":{_text(path.partition("?")[0])}'
 
 
 @lru_cache(maxsize=_MOST)
-def _asked(method: str, scheme: str, host: str, port: int, path: str) -> str:
-    return (
-        f'"method":{_text(method)},"scheme":{_text(scheme)},"host":{_text(host)},"port":{port},'
-        f'"path":{_text(path.partition("?")[0])}'
-    )
+def _place(method: str, scheme: str, host: str, port: int) -> str:
+    return f'"method":{_text(method)},"scheme":{_text(scheme)},"host":{_text(host)},"port":{port}'
 
 
 @lru_cache(maxsize=_MOST)

@@ -29,6 +29,7 @@ class Cipher:
         "_sock",
         "_take",
         "_write",
+        "has_more",
         "inward",
         "outward",
         "tls",
@@ -47,6 +48,7 @@ class Cipher:
         self._left = b""  # what was read too early
         self._missing = 0  # bytes of the record whose beginning OpenSSL has
         self._over: OSError | None = None  # why nothing more can be read
+        self.has_more = True  # whether `read` may have something to say although the kernel tells of nothing new
         self.unsent: list[bytes | memoryview] = []
 
     def shake(self) -> bool:
@@ -84,9 +86,11 @@ class Cipher:
             data, missing = self._left, self._missing
             if len(data) < _HEAD:
                 # Where records are full, it ends with one.
-                more = self._receive(TAKEN - _FULL + missing if 0 < missing < _FULL else TAKEN)
+                most = TAKEN - _FULL + missing if 0 < missing < _FULL else TAKEN
+                more = self._receive(most)
                 if not more:
                     raise ssl.SSLEOFError
+                self.has_more = len(more) == most  # of what comes after a short read epoll tells (epoll(7), question 9)
                 data += more
             self._left = b""
             try:
@@ -97,11 +101,11 @@ class Cipher:
                 plain: bytes = self._read(RECORD)
                 if plain:
                     return plain
-                self._over = ssl.SSLZeroReturnError()
+                raise ssl.SSLZeroReturnError
             except ssl.SSLWantReadError:
                 pass  # it was one of TLS's own, such as a session ticket
             except OSError as error:
-                self._over = error
+                self._over, self.has_more = error, True
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _decipher(self, data: memoryview, parts: list[bytes]) -> None:

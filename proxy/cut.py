@@ -55,7 +55,7 @@ class _Ended:
 
 def _states(peer: Peer) -> list[FlowState]:
     """What a connection is at work with."""
-    return [*map(state_of, peer.open.values()), *([peer.replay] if peer.replay else [])]
+    return [*map(state_of, peer.open.values()), *([peer.replay.state] if peer.replay else [])]
 
 
 def _working(peer: Peer, ended: _Ended) -> Iterator[tuple[FlowState, Reason]]:

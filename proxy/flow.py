@@ -29,7 +29,7 @@ from proxy.request import DEFAULT_PORTS, Ambiguous, Field, HeaderFacts, RequestV
 from proxy.upstream import Refused
 
 if TYPE_CHECKING:
-    from proxy.replay import Ground, Settled
+    from proxy.settled import Ground
 
 STATE = "sallyport"
 MAX_CONTROL = 125  # bytes in a control frame (RFC 6455 section 5.5)
@@ -90,7 +90,6 @@ class FlowState:
     may_send: Callable[[bytes], bool] = lambda _: False  # on a WebSocket
     close: bool = False  # the client wants the connection closed (RFC 9112 section 9.6)
     http10: bool = False
-    settled: Settled | None = None  # what was decided for the same request before
     rules: tuple[Rule, ...] = ()  # whose obligations were met
     rests_on: Ground | None = None  # what the decision rested on, where that is all that the next one would rest on
 
@@ -304,16 +303,27 @@ def _is_coded(fields: Iterable[Field]) -> bool:
     return any(name.lower() == b"content-encoding" for name, _ in fields)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Cleaned:
-    """A response head as it is passed on where no secret is in it: `lines` are all its bytes. Good for the same
-    `redactor` and `edits`."""
+    """A response head as it is passed on where no secret is in it: `lines` are all its bytes, and `streamed` those in
+    front of a body that is looked through on its way, once there was one. Good for the same `redactor` and `edits`."""
 
     redactor: Replacer | None
     edits: tuple[Edit, ...]
     fields: tuple[Field, ...]
     lines: bytes
     coded: bool
+    streamed: bytes | None = None
+
+
+def remember_streamed(flow: http.HTTPFlow, lines: bytes) -> None:
+    """Of an answer that is streamed: all the bytes of its head, for the next one that begins alike."""
+    state = state_of(flow)
+    known: Cleaned | None = state.answer.cleaned if state.answer else None
+    if not known or known.redactor is not state.redactor or known.edits is not state.response_edits:
+        return
+    if not (known.coded or state.close or state.http10):
+        known.streamed = lines
 
 
 def cleaned_lines(flow: http.HTTPFlow) -> bytes:

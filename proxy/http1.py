@@ -172,13 +172,19 @@ class Body:
             return data
         return b"".join(self._chunks(buffer))
 
-    def whole(self, data: bytes) -> bool:
-        """Whether `data`, behind all that was taken, is payload to its end; it is taken then."""
+    def payload(self, data: bytes) -> bytes | None:
+        """The payload of `data`, behind all that was taken, if it goes to its end or is one whole chunk; it is taken
+        then."""
         if self._state == "fixed" and len(data) <= self._left:
             self._left -= len(data)
             self.done = not self._left
-            return True
-        return self._state == "open"
+            return data
+        if self._state == "size":
+            start = data.find(b"\n", 0, MAX_CHUNK_LINE) + 1
+            match = _CHUNK.fullmatch(data, 0, start)
+            if match and data[-2:] == b"\r\n" and 0 < int(match[1], 16) == len(data) - start - 2:
+                return data[start:-2]
+        return data if self._state == "open" else None
 
     def end(self) -> None:
         """The connection ended here. Raises BadMessage if the message did not."""

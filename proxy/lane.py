@@ -19,6 +19,7 @@ from mitmproxy.connection import Client, ConnectionState, Server
 from mitmproxy.flow import Error
 from mitmproxy.proxy import mode_specs
 
+from proxy import flow as flows
 from proxy.addon import Addon
 from proxy.arrival import Arrival, Door
 from proxy.clienthello import MAX_HELLO, ClientHello, is_tls, parse_client_hello
@@ -44,12 +45,13 @@ from proxy.http1 import (
     request_bytes,
     response_bytes,
 )
+from proxy.passing import Passing
 from proxy.poller import Channel, Poller, Strand
 from proxy.pool import CONNECT_TIMEOUT, Place, Pool, Shelf, UpstreamConnection
 from proxy.reason import Reason
 from proxy.relay import Relay
-from proxy.replay import Settled
 from proxy.runtime import Runtime
+from proxy.settled import Replay
 from proxy.upstream import Refused
 
 _log = logging.getLogger("sallyport")
@@ -287,7 +289,7 @@ class Connection:
             if head is None:
                 await self.channel.send(b"", self.idle)
                 return
-            if isinstance(head, FlowState):
+            if isinstance(head, Replay):
                 self.busy = True
                 if not await self._again(head):
                     return
@@ -464,8 +466,8 @@ class Connection:
 
     # Requests
 
-    async def _head(self) -> RequestHead | FlowState | None:
-        """The next request head, or what is settled of the request; None when the client is gone or was told off."""
+    async def _head(self) -> RequestHead | Replay | None:
+        """The next request, as a head or as one that was decided before; None when the client is gone or told off."""
         limit, started = self.lane.limits.headers, 0.0
         self.raw = b""
         try:
@@ -481,9 +483,9 @@ class Connection:
                 if not self.buffer and self.inside and (end := data.find(HEAD_END) + 4) > 4:
                     assert self.client
                     self.raw, rest = data[:end], data[end:]
-                    if state := self.addon.replays.recall(self.client, self.raw):
+                    if replay := self.addon.replays.recall(self.client, self.raw):
                         self.buffer += rest
-                        return state
+                        return replay
                 self.buffer += data
         except BadMessage as error:
             assert self.client
@@ -567,22 +569,19 @@ class Connection:
         except Failed as failed:
             return await self._upstream_failed(flow, failed.reason, body)
 
-    async def _again(self, state: FlowState) -> bool:
+    async def _again(self, replay: Replay) -> bool:
         """As `_exchange`, for a request that was decided before. It gets a flow where that does not go as smoothly as
         before."""
-        settled, exchange = state.settled, state.exchange
-        assert settled
-        assert exchange
         assert self.client
-        replays, pool = self.addon.replays, self.lane.pool
+        replays, pool, settled = self.addon.replays, self.lane.pool, replay.settled
         begun: Begun | None = None
-        message = settled.message
+        message, shelf = settled.message, settled.decision.shelf
         if settled.length:
             sent = await self._read_all(Body(settled.length))
             message += sent
-            if not replays.may_leave(state, sent):
-                return await self._again_held(state, sent)
-        upstream = None if self.channel.hung_up else pool.kept(settled.shelf)
+            if not replays.may_leave(replay, sent):
+                return await self._again_held(replay, sent)
+        upstream = None if self.channel.hung_up else pool.kept(shelf)
         if upstream:
             self.upstream, self.asking = upstream, True
             upstream.channel.owner = self.channel.owner
@@ -592,9 +591,12 @@ class Connection:
             except OSError as error:  # TimeoutError is one
                 begun = upstream, error
             else:
-                if answer := replays.answer(state, upstream.server, data):
+                if answer := replays.answer(replay, upstream, data):
+                    out, rest = answer
                     try:
-                        await self.channel.send_soon(answer, self.idle)
+                        if rest:
+                            out = await self._pass_on(upstream, rest, out)
+                        await self.channel.send_soon(out, self.idle)
                     finally:
                         replays.end(self.client)  # on record whether or not somebody took it
                     self.asking, self.upstream = False, None
@@ -602,27 +604,34 @@ class Connection:
                     return True
                 upstream.buffer += data
                 begun = upstream, None if data else ConnectionResetError()
-        flow = self._flow_of(settled.own_request(), exchange.time, state)
-        replays.take_over(flow)
-        return await self._finish(flow, settled, message, begun)
+        return await self._finish(self._taken_over(replay), shelf, message, begun)
 
-    async def _again_held(self, state: FlowState, body: bytes) -> bool:
+    def _taken_over(self, replay: Replay) -> http.HTTPFlow:
+        flow = self._flow_of(replay.settled.own_request(), replay.time, replay.state)
+        self.addon.replays.take_over(flow, replay)
+        return flow
+
+    async def _again_held(self, replay: Replay, body: bytes) -> bool:
         """Something in the body must be looked at by the hooks."""
-        settled, exchange = state.settled, state.exchange
-        assert settled
-        assert exchange
-        flow = self._flow_of(settled.own_request(), exchange.time, state)
-        self.addon.replays.take_over(flow)
+        settled, flow = replay.settled, self._taken_over(replay)
         flow.request.raw_content = body
         self.addon.request(flow)
         if flow.response:
             method = flow.request.data.method
-            return await self._refuse(flow, RequestHead(method, b"", b"HTTP/1.1", settled.block), _NO_BODY)
-        return await self._finish(flow, settled, settled.message + body, None)
+            return await self._refuse(flow, RequestHead(method, b"", b"HTTP/1.1", settled.decision.block), _NO_BODY)
+        return await self._finish(flow, settled.decision.shelf, settled.message + body, None)
 
-    async def _finish(self, flow: http.HTTPFlow, settled: Settled, message: bytes, begun: Begun | None) -> bool:
+    async def _pass_on(self, upstream: UpstreamConnection, rest: Passing, out: bytes) -> bytes:
+        """Send `out` and what follows of an answer, but for the last of it."""
+        while not rest.done:
+            if out:
+                await self.channel.send(out, self.idle)
+            out = rest.feed(await upstream.channel.recv(self.idle))
+        return out
+
+    async def _finish(self, flow: http.HTTPFlow, shelf: Shelf, message: bytes, begun: Begun | None) -> bool:
         try:
-            return await self._carry(flow, settled.shelf, message, _NO_BODY, begun=begun)
+            return await self._carry(flow, shelf, message, _NO_BODY, begun=begun)
         except Failed as failed:
             return await self._upstream_failed(flow, failed.reason, _NO_BODY)
 
@@ -765,16 +774,18 @@ class Connection:
         data = b""
         while True:
             try:
-                if self.buffer or not body.whole(data):
+                payload = None if self.buffer else body.payload(data)
+                if payload is None:
                     self.buffer += data
-                    data = body.take(self.buffer)
+                    payload = body.take(self.buffer)
             except BadMessage:
                 self.abort()
+                return
             if self.channel.closed:
                 self.abort()
                 return
             try:
-                await upstream.channel.send(self._framed(flow, data, chunked, last=body.done), self.idle)
+                await upstream.channel.send(self._framed(flow, payload, chunked, last=body.done), self.idle)
             except Refused:  # in the middle: who waits for the answer tells the client
                 upstream.channel.close()
                 return
@@ -890,27 +901,13 @@ class Connection:
             headers["transfer-encoding"] = "chunked"
         bodiless = flow.request.data.method == b"HEAD" or head.status in (204, 304)
         chunked = "transfer-encoding" in headers and not bodiless
-        out = [response_bytes(head.status, response.data.reason, headers.fields)]
-        while True:
-            pieces = _each(stream(data)) if data and callable(stream) else []
-            if body.done and callable(stream):
-                pieces += _each(stream(b""))
-            out += map(chunk, pieces) if chunked else pieces
-            if body.done:
-                break
-            if out:
-                await self.channel.send(b"".join(out), self.idle)
-                out.clear()
-            data = await upstream.channel.recv(self.idle)
-            if not data:
-                body.end()
-            elif upstream.buffer or not body.whole(data):
-                upstream.buffer += data
-                data = body.take(upstream.buffer)
-        if chunked:
-            out.append(LAST_CHUNK)
+        lines = response_bytes(head.status, response.data.reason, headers.fields)
+        flows.remember_streamed(flow, lines)
+        scan = (lambda piece: _each(stream(piece))) if callable(stream) else lambda _: []
+        rest = Passing(body, upstream.buffer, scan, chunked=chunked)
+        out = await self._pass_on(upstream, rest, lines + rest.pass_on(data))
         try:
-            await self.channel.send(b"".join(out), self.idle)
+            await self.channel.send(out, self.idle)
         finally:
             self.addon.response(flow)
 

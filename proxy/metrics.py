@@ -73,6 +73,8 @@ _GAUGES: _Families = {
 _SHOWN = ("connections", "rules", _RELOADED)  # of other processes
 _REQUEST_BYTES, _RESPONSE_BYTES = ("request",), ("response",)
 
+_PENDING = 256  # tallies that wait for a scrape
+
 type Taken = dict[str, Any]  # plain data: see `Metrics.take`
 
 
@@ -97,6 +99,24 @@ def _kind(proof: str) -> tuple[str]:
     return (proof.partition(":")[0],)
 
 
+class Tally:
+    """What exchanges count under that differ in sizes and durations alone, and how many there were since the last
+    scrape: to find their series each time costs more than all else that is counted."""
+
+    __slots__ = ("agent", "injected", "leases", "proofs", "received", "request", "rule", "sent", "times")
+
+    def __init__(self, exchange: Exchange, leases: int = 0) -> None:
+        """`leases`: those that each of the exchanges uses without asking the vault."""
+        verdict = exchange.verdict
+        self.agent = exchange.agent_id or NONE
+        self.request = verdict, exchange.reason
+        self.injected = [(injected.credential,) for injected in exchange.injected]
+        self.rule = exchange.rule or NONE, verdict
+        self.proofs = [_kind(proof) for proof in exchange.identity]
+        self.leases = leases
+        self.times = self.sent = self.received = 0
+
+
 def _counts(labels: tuple[str, ...]) -> Counts:
     """Without labels there is one series from the start."""
     return defaultdict(int) if labels else defaultdict(int, {(): 0})
@@ -119,6 +139,7 @@ class Metrics:
         self._gauges = {name: _counts(labels) for name, (labels, _) in _GAUGES.items()}
         self._rules = self._counters[_RULES]
         self._proofs = self._counters[_PROOFS]
+        self._pending: list[Tally] = []
         self._dropped_lock = threading.Lock()
         for result in ("success", "failure"):
             self._counters["rules_reloads_total"][result,] = 0
@@ -135,26 +156,54 @@ class Metrics:
 
     def record(self, exchange: Exchange) -> None:
         """Count one exchange, after it ended."""
-        verdict = exchange.verdict
-        its = self._series(exchange.agent_id or NONE)
-        its.requests[verdict, exchange.reason] += 1
-        its.bytes[_REQUEST_BYTES] += exchange.request_bytes
-        its.bytes[_RESPONSE_BYTES] += exchange.response_bytes
-        for injected in exchange.injected:
-            its.injected[injected.credential,] += 1
-        if exchange.redacted:
-            for labels, times in exchange.redacted.items():
-                its.redacted[labels] += times
+        tally = Tally(exchange)
+        tally.times, tally.sent, tally.received = 1, exchange.request_bytes, exchange.response_bytes
+        its = self._count(tally)
+        for labels, times in exchange.redacted.items():
+            its.redacted[labels] += times
         if exchange.leak:
             kind, _, where = exchange.leak
             its.leaks[kind, where] += 1
-        self._rules[self._rule_labels(exchange.rule or NONE, verdict)] += 1
-        for proof in exchange.identity:
-            self._proofs[_kind(proof)] += 1
-        self._request_seconds[verdict].observe(exchange.duration)
-        self._decision_seconds.observe(exchange.decision_duration)
-        if exchange.upstream_duration is not None:
-            self._upstream_seconds.observe(exchange.upstream_duration)
+        self._observe(exchange.verdict, exchange.duration, exchange.decision_duration, exchange.upstream_duration)
+
+    def repeat(
+        self, tally: Tally, sent: int, received: int, duration: float, decision: float, upstream: float | None
+    ) -> None:
+        """Count one more exchange that was decided before, after it ended: body bytes, and seconds."""
+        if not tally.times:
+            if len(self._pending) >= _PENDING:
+                self._count_pending()
+            self._pending.append(tally)
+        tally.times += 1
+        tally.sent += sent
+        tally.received += received
+        self._observe(tally.rule[1], duration, decision, upstream)
+
+    def _observe(self, verdict: str, duration: float, decision: float, upstream: float | None) -> None:
+        self._request_seconds[verdict].observe(duration)
+        self._decision_seconds.observe(decision)
+        if upstream is not None:
+            self._upstream_seconds.observe(upstream)
+
+    def _count_pending(self) -> None:
+        for tally in self._pending:
+            self._count(tally)
+            self.replayed(tally.leases, tally.times)
+            tally.times = tally.sent = tally.received = 0
+        self._pending.clear()
+
+    def _count(self, tally: Tally) -> _Series:
+        """Add a tally to the series of its agent, and of all."""
+        times, its = tally.times, self._series(tally.agent, tally.times)
+        its.requests[tally.request] += times
+        its.bytes[_REQUEST_BYTES] += tally.sent
+        its.bytes[_RESPONSE_BYTES] += tally.received
+        for credential in tally.injected:
+            its.injected[credential] += times
+        self._rules[self._rule_labels(*tally.rule)] += times
+        for proof in tally.proofs:
+            self._proofs[proof] += times
+        return its
 
     def limit_exceeded(self, agent: str, rule: str, limit: str) -> None:
         """A limit (`rate`, `concurrency`, ...) of `rule` refused `agent`."""
@@ -164,10 +213,11 @@ class Metrics:
         """A leaf certificate was made."""
         self._counters["certificates_minted_total"][()] += 1
 
-    def replayed(self, leases: int) -> None:
-        """A request was not decided anew; it uses so many leases."""
-        self._counters[_REPLAYED][()] += 1
-        self._counters["vault_operations_total"]["lease", "ok"] += leases
+    def replayed(self, leases: int, times: int = 1) -> None:
+        """So many requests were not decided anew; each uses so many leases."""
+        self._counters[_REPLAYED][()] += times
+        if leases:
+            self._counters["vault_operations_total"]["lease", "ok"] += leases * times
 
     def vault_operation(self, operation: str, result: str) -> None:
         """The vault did `operation` (put, open, ...) with `result` (ok, missing, ...): fixed words both."""
@@ -199,6 +249,7 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """Everything in the Prometheus text format (version 0.0.4), to be sent as `CONTENT_TYPE`."""
+        self._count_pending()
         self._give_up_idle()
         states = self._agent_states()
         for state in (*AgentState, "expired"):
@@ -209,6 +260,7 @@ class Metrics:
     def take(self) -> Taken:
         """What was counted since the last time, and the gauges as they are: for `add` and `show` of another process,
         as JSON can carry it."""
+        self._count_pending()
         owners = {**self._rest, **self._agents}
         agents = {agent: {name: series.take(getattr(its, name)) for name in _FAMILIES} for agent, its in owners.items()}
         with self._dropped_lock:
@@ -251,8 +303,8 @@ class Metrics:
         labels = rule, verdict
         return labels if labels in self._rules or len(self._rules) < RULE_SERIES else (OTHER, verdict)
 
-    def _series(self, agent: str) -> _Series:
-        """The counters for `agent`: its own, or `_other` where `AGENTS` busier ones have theirs.
+    def _series(self, agent: str, records: int = 1) -> _Series:
+        """The counters for `agent`, for so many records: its own, or `_other` where `AGENTS` busier ones have theirs.
 
         An agent that was given up begins at zero when it returns, which Prometheus takes as a counter reset. What it
         had counted is not added to `_other`: it was scraped already, and rate() would see it twice.
@@ -264,7 +316,7 @@ class Metrics:
             if len(self._agents) >= AGENTS:
                 self._give_up_idle()
             if len(self._agents) >= AGENTS:
-                self._counters[_SERIES_DROPPED][()] += 1
+                self._counters[_SERIES_DROPPED][()] += records
                 return self._rest[OTHER]
             its = self._agents[agent] = _Series()
         self._agents.move_to_end(agent)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mitmproxy import connection, http
 
 from proxy.address import Host
-from proxy.flow import FlowState, Tunnel
+from proxy.flow import Tunnel
 from proxy.layers import HttpLayer
 from proxy.proof import Proof
 from proxy.reason import Reason
@@ -19,6 +19,7 @@ from proxy.settingvalue import Listener
 
 if TYPE_CHECKING:
     from proxy.replay import Table
+    from proxy.settled import Replay
 
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _PAIRS = [high + low for high in _CROCKFORD for low in _CROCKFORD]
@@ -72,7 +73,7 @@ class Peer:
     agents: set[str] = field(default_factory=set)
     http: HttpLayer | None = None  # inside the tunnel
     settled: Table | None = None  # in tunnels like this one
-    replay: FlowState | None = None  # of a request that was decided before and has no flow
+    replay: Replay | None = None  # a request that was decided before and has no flow
     address: str = ""
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ import logging
 import select
 import socket
 import ssl
+import time
 import types
 from array import array
 from collections import deque
@@ -189,20 +190,31 @@ class Channel:
                 self._waiting[strand] = READ, self._poller.now() + seconds  # as `wait` does
                 await _park()
         while True:
+            cipher = self._cipher
             try:
                 data = self._recv()
-                if not ((cipher := self._cipher) and cipher.outward.pending):
+                if cipher is None:
+                    self._stirred = len(data) == CHUNK  # as `Cipher.has_more`
+                    return data
+                self._stirred = cipher.has_more
+                if not cipher.outward.pending:
                     return data
             except BlockingIOError:
                 data = None
+                self._stirred = False
             except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
                 return b""  # with or without close_notify: framing tells whether something is missing
-            if (cipher := self._cipher) and cipher.outward.pending:
+            if cipher and cipher.outward.pending:
                 await self._flush(cipher, seconds)
             elif data is None:
                 await self.wait(READ, seconds)
             if data is not None:
                 return data
+
+    @property
+    def is_still(self) -> bool:
+        """Whether nothing has arrived, as far as the kernel has told."""
+        return not (self._stirred or self.due or self.hung_up)
 
     def unread(self) -> int:
         """Bytes that have arrived and were not read. To ask costs a tenth of a read that fails."""
@@ -378,7 +390,7 @@ class Poller:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self.now = self._loop.time
+        self.now = time.monotonic  # which is the loop's
         self._epoll = select.epoll()
         self._channels: dict[int, Channel] = {}
         self._due: dict[str, deque[Channel]] = {}  # by owner: what happened, and nobody was told yet

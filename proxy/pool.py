@@ -8,7 +8,6 @@ import socket
 import ssl
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
-from functools import partial
 from pathlib import Path
 from random import getrandbits
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ CONNECT_TIMEOUT = 10.0  # seconds for TCP and TLS together, each address
 MAX_IDLE = 256  # connections kept in all
 MAX_IDLE_EACH = 32  # for one place
 IDLE = 60.0  # seconds one is kept
+LOOK = 1.0  # seconds between two looks for older ones
 _RDHUP = getattr(select, "POLLRDHUP", 0)
 _SERVER = vars(Server(address=None, state=ConnectionState.OPEN))
 
@@ -58,10 +58,14 @@ class Shelf:
 class UpstreamConnection:
     """One connection, and mitmproxy's word for it."""
 
-    __slots__ = ("_kernel", "buffer", "channel", "server", "shelf", "since", "used")
+    __slots__ = ("_kernel", "buffer", "channel", "on_event", "server", "shelf", "since", "used")
 
-    def __init__(self, channel: Channel, shelf: Shelf, peer: SocketAddress) -> None:
+    def __init__(
+        self, channel: Channel, shelf: Shelf, peer: SocketAddress, stirred: Callable[[UpstreamConnection], None]
+    ) -> None:
+        """`stirred` is told when something happens while it is idle."""
         self.channel = channel
+        self.on_event = lambda _: stirred(self)
         self._kernel = select.poll()
         self._kernel.register(channel.fd, select.POLLIN | _RDHUP)
         self.shelf = shelf
@@ -80,6 +84,8 @@ class UpstreamConnection:
         """Whether an idle upstream is there and has sent nothing, other than a TLS session ticket: what it says
         unasked would be taken for the answer to the next request."""
         channel = self.channel
+        if channel.is_still:
+            return True
         if not self._kernel.poll(0):  # costs a tenth of a read that fails
             return not channel.deciphered()
         try:
@@ -101,6 +107,7 @@ class Pool:
         # What last spoke TLS to a place. A copy of its session costs a third of a handshake: taken where it is used.
         self._spoken: OrderedDict[Place, Any] = OrderedDict()
         self._idle: OrderedDict[UpstreamConnection, None] = OrderedDict()
+        self._due = 0.0  # when to look for those that are too old
         self._shelves: WeakValueDictionary[Place, Shelf] = WeakValueDictionary()
 
     def shelf(self, place: Place) -> Shelf:
@@ -148,11 +155,13 @@ class Pool:
         connection.since = self._poller.now()
         kept.append(connection)
         self._idle[connection] = None
-        channel.on_event = partial(self._stirred, connection)
-        self._expire(connection.since)
+        channel.on_event = connection.on_event
+        if connection.since >= self._due or len(self._idle) > MAX_IDLE:
+            self._expire(connection.since)
 
     def _expire(self, now: float) -> None:
         """Close the oldest while they are too old, or too many."""
+        self._due = now + LOOK
         while self._idle:
             oldest = next(iter(self._idle))
             if len(self._idle) <= MAX_IDLE and now - oldest.since < IDLE:
@@ -160,7 +169,7 @@ class Pool:
             self._forget(oldest)
             oldest.channel.close()
 
-    def _stirred(self, connection: UpstreamConnection, _: bool) -> None:
+    def _stirred(self, connection: UpstreamConnection) -> None:
         if not connection.is_quiet():
             self._forget(connection)
             connection.channel.close()
@@ -184,7 +193,7 @@ class Pool:
             except OSError:
                 reason = Reason.UPSTREAM_UNREACHABLE
             else:
-                return UpstreamConnection(channel, shelf, address)
+                return UpstreamConnection(channel, shelf, address, self._stirred)
         raise Refused(reason)
 
     async def _connect(self, place: Place, address: SocketAddress, parent: Parent | None) -> Channel:

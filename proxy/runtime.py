@@ -41,6 +41,7 @@ from proxy.rotation import follow as follow_ca
 from proxy.rotation import load_authority
 from proxy.running import claimed
 from proxy.settings import Settings
+from proxy.settled import Replay
 from proxy.snapshot import Rules
 from proxy.store import Store, StoreUnavailable
 from proxy.tls import ClientTls, UpstreamTls
@@ -191,6 +192,19 @@ class Runtime:
             self.limiter.release(exchange)
         self.metrics.record(exchange)
         self.audit.record(exchange)
+
+    def repeat(self, replay: Replay) -> None:
+        """Put on record one that was decided before, when it has ended."""
+        duration = max(0.0, self.clock() - replay.time)
+        self.metrics.repeat(
+            replay.settled.decision.tally,
+            replay.request_bytes,
+            replay.response_bytes,
+            duration,
+            replay.decision_duration,
+            replay.upstream_duration,
+        )
+        self.audit.record(replay.line(duration))
 
     def finish(self, state: FlowState) -> None:
         """Put an exchange on record that has ended, unless it is there."""

@@ -375,9 +375,13 @@ def test_sloppy_line_ends_of_a_response_are_mended(raw: bytes, value: bytes) -> 
 )
 def test_payload_to_its_end_needs_no_buffer(length: int, data: bytes, whole: bool, done: bool) -> None:
     body = Body(length)
-    assert body.whole(data) == whole
+    assert (body.payload(data) == data) == whole
     assert body.done == done
 
 
-def test_chunks_are_never_payload_to_their_end() -> None:
-    assert not Body(None).whole(b"1\r\na\r\n")
+def test_one_whole_chunk_needs_no_buffer() -> None:
+    body = Body(None)
+    assert body.payload(b"2\r\nab\r\n") == b"ab"
+    for other in (b"2\r\nab\r\n0\r\n", b"2\r\nab\r", b"2\r\nabcd", b"1\r\nab\r\n", b"0\r\n\r\n", b"x\r\n\r\n", b""):
+        assert body.payload(other) is None
+    assert not body.done

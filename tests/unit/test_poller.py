@@ -721,7 +721,7 @@ def test_a_transfer_that_never_waits_starves_nobody(tls: bool) -> None:
         async def transfer() -> None:
             while not stop[0]:
                 rounds[0] += 1
-                await left.send(b"x", SECONDS)
+                await left.send(bytes(CHUNK), SECONDS)  # a short read would wait
                 await right.recv(SECONDS)
 
         async def other() -> None:

@@ -47,6 +47,9 @@ rules:
     match: {host: api.test, path: /counted}
     action: allow
     limits: {rate: 3/h}
+  - name: guard
+    match: {host: api.test, path: /guard/**}
+    action: allow
   - name: edited
     match: {host: api.test, path: /edited}
     action: allow
@@ -70,6 +73,8 @@ def proxy(make_proxy: Make, upstream: Upstream) -> Iterator[Proxy]:
     proxy = make_proxy(RULES, lane="fast")
     proxy.agent()
     proxy.credential("api", SECRET, "--host", "api.test")
+    wait_for(lambda: proxy.get(f"https://api.test/guard/{SECRET}").status == 403, "the guard")
+    upstream.seen.clear()
     yield proxy
     proxy.stop()
 
@@ -108,7 +113,7 @@ def test_each_is_sent_answered_and_recorded_alike(proxy: Proxy, upstream: Upstre
     assert lines[-1]["response_bytes"] == len("hello")
     assert lines[-1]["upstream_ip"] == "127.0.0.1"
     assert lines[-1]["injected"][0]["credential"] == "api"
-    assert proxy.metric("sallyport_requests_total", agent="coder-1", verdict="allow", reason="allowed") == TIMES
+    assert proxy.metric("sallyport_rule_requests_total", rule="one", verdict="allow") == TIMES
     assert proxy.metric("sallyport_credentials_injected_total", agent="coder-1", credential="api") == TIMES
     assert proxy.metric("sallyport_rule_requests_total", rule="one", verdict="allow") == TIMES
     assert proxy.metric("sallyport_upstream_duration_seconds_count") == TIMES
@@ -340,7 +345,7 @@ def test_a_body_is_looked_through_each_time(proxy: Proxy, upstream: Upstream, us
         refused(ask(used, "/below/a", method="POST", body=SECRET.encode()), "secret_leak")
         refused(ask(used, f"/below/{number}", method="POST", body=b"=" * number + SECRET.encode()), "secret_leak")
         assert upstream.seen == []
-    assert len(proxy.audit(2 * TIMES, reason="secret_leak")) == 2 * TIMES
+    assert len(proxy.audit(2 * TIMES, reason="secret_leak", method="POST")) == 2 * TIMES
 
 
 def test_what_looks_like_a_secret_and_is_none_passes(proxy: Proxy, upstream: Upstream, used: Connection) -> None:
