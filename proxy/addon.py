@@ -11,7 +11,6 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mitmproxy import connection, http
@@ -903,7 +902,7 @@ class Addon:
         except Ambiguous as error:
             raise Refused(Reason.AMBIGUOUS_REQUEST, str(error)) from None
         body = state_of(flow).body
-        return replace(view, body=body) if body else view
+        return view._replace(body=body) if body else view
 
     def _redactor(self, view: RequestView, sent: tuple[tuple[str, bytes], ...]) -> Replacer | None:
         """What must not come back: what was sent now, and whatever else is open that this host may know."""

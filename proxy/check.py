@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from proxy.agent import Agent, AgentState, parse_agent_id
@@ -130,7 +129,7 @@ def explain_request(settings: Settings, arguments: argparse.Namespace) -> int:
         agent = _agent(settings, parse_agent_id(arguments.agent), labels)
     except ValueError as error:
         raise UserError(f"--agent: {error}") from None
-    explanation = explain(policy, agent, replace(view, body=_body(arguments.data)))
+    explanation = explain(policy, agent, view._replace(body=_body(arguments.data)))
     print(json.dumps(explanation.as_json()) if arguments.json else explanation.as_text())
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from proxy.agent import Agent
 from proxy.audit import Audit
@@ -143,7 +143,7 @@ class Gateway:
     def _plan(policy: Policy, agent: Agent, view: RequestView, exchange: Exchange) -> Plan:
         if policy.reads_bodies and view.body is None:
             unseen = Unseen()
-            make_plan(policy, agent, replace(view, body=unseen))
+            make_plan(policy, agent, view._replace(body=unseen))
             if unseen.asked:
                 raise BodyWanted
         plan = make_plan(policy, agent, view)

@@ -625,7 +625,7 @@ class Connection:
         """Send `out` and what follows of an answer, but for the last of it."""
         while not rest.done:
             if out:
-                await self.channel.send(out, self.idle)
+                await self.channel.send(out, self.idle)  # not soon: somebody waits for each event of a stream
             out = rest.feed(await upstream.channel.recv(self.idle))
         return out
 

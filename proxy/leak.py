@@ -104,7 +104,7 @@ class Detector:
 
     def finds_nothing(self, data: bytes) -> bool:
         """Whether nothing in `data` even looks like what is sought."""
-        return self._regex is None or self._regex.search(data) is None
+        return self._regex is None or self._literals.absent(data) or self._regex.search(data) is None
 
     def find_nothing_in_headers(self, headers: tuple[Field, ...]) -> bool:
         """The same for a request's headers, remembered: a client mostly sends the same ones again."""

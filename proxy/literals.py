@@ -7,7 +7,7 @@ from itertools import batched
 
 from ahocorasick_rs import BytesAhoCorasick, MatchKind
 
-WORTH = 4096  # bytes: with fewer, other ways are as fast
+WORTH = 4096  # bytes: with fewer, other ways are as fast where one pass is not enough
 _BATCH = 64  # texts that are sought at once: with more it falls back to a pass of 150 microseconds for 64 KiB
 _NEVER = 6 * _BATCH  # texts beyond which the passes take longer than one of RE2
 
@@ -24,7 +24,7 @@ class Literals:
 
     def absent(self, data: bytes) -> bool:
         """Whether it is known that none is in `data`. What is short, or too much work, is not looked into."""
-        if len(data) < WORTH or len(self._texts) > _NEVER:
+        if len(self._texts) > (_BATCH if len(data) < WORTH else _NEVER):
             return False
         if self._searches is None:
             # SIMD is only used for leftmost matches.

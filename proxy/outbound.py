@@ -81,7 +81,7 @@ def rewrite(view: RequestView, change: Rewrite) -> RequestView:
     port = change.port or (DEFAULT_PORTS[view.scheme] if change.host else view.port)
     headers = edit_headers(view.headers, change.headers)
     target = f"{path}?{query}" if query else path
-    return replace(view.retargeted(host, port, target), headers=tuple(headers))
+    return view.retargeted(host, port, target)._replace(headers=tuple(headers))
 
 
 def edit_headers(headers: Iterable[Field], edit: Edit) -> list[Field]:
@@ -135,7 +135,7 @@ def inject(outbound: Outbound, injection: Injection, opened: Opened) -> Outbound
     view = outbound.view
     if kind == "query":
         query = _edit_query(view.query, Edit(set={options["name"]: secret.decode(errors="surrogateescape")}))
-        return _with(outbound, replace(view, query=query), opened, f"query:{options['name']}", secret)
+        return _with(outbound, view._replace(query=query), opened, f"query:{options['name']}", secret)
     if kind == "sigv4":
         return _prepare_signing(outbound, opened, options)
     if kind == "cookie":
@@ -144,7 +144,7 @@ def inject(outbound: Outbound, injection: Injection, opened: Opened) -> Outbound
         name = options["name"]
         cookie = b"; ".join([*_cookies(view, name), name.encode("latin-1") + b"=" + secret])
         headers = (*strip_headers(view.headers, [b"cookie"]), (b"Cookie", cookie))
-        return _with(outbound, replace(view, headers=headers), opened, f"cookie:{name}", secret)
+        return _with(outbound, view._replace(headers=headers), opened, f"cookie:{name}", secret)
     raise InjectionError("the rule does not say how to add the credential, and neither does its kind")
 
 
@@ -155,7 +155,7 @@ def _prepare_signing(outbound: Outbound, opened: Opened, options: Mapping[str, s
     headers = tuple(field for field in view.headers if not is_of_signature(field[0]))
     signing = Signing(opened, options["service"], options["region"], declared.decode("latin-1"))
     _, secret_key, token = _aws_key(opened)
-    view = replace(view, headers=headers, path=sent_path(view.path), query=sent_query(view.query))
+    view = view._replace(headers=headers, path=sent_path(view.path), query=sent_query(view.query))
     outbound = _with(outbound, view, opened, "sigv4", *filter(None, (secret_key, token)))
     return replace(outbound, signing=signing)
 
@@ -243,7 +243,7 @@ def _in_headers(view: RequestView, mark: bytes, secret: bytes) -> RequestView:
     if headers == view.headers:
         return view
     _check_header(secret)
-    return replace(view, headers=headers)
+    return view._replace(headers=headers)
 
 
 def _in_header(value: bytes, mark: bytes, secret: bytes) -> bytes:
@@ -265,7 +265,7 @@ def _in_query(view: RequestView, mark: bytes, secret: bytes) -> RequestView:
         return quote(octets.replace(mark, secret), safe="") if mark in octets else part[0]
 
     query = re.sub("[^&=]+", put, view.query)
-    return view if query == view.query else replace(view, query=query)
+    return view if query == view.query else view._replace(query=query)
 
 
 def _in_path(view: RequestView, mark: bytes, secret: bytes) -> RequestView:

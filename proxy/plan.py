@@ -3,7 +3,7 @@ proxy, `sallyport test` and `sallyport explain`, so that they cannot differ."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from proxy.agent import Agent
 from proxy.outbound import rewrite
@@ -16,8 +16,7 @@ MAX_REWRITES = 4
 _LIMITS = {"max_url": ": the URL is too long", "max_labels": ": its host name has too many labels"}
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """The outcome. `views` are the request as it was decided each time, the last one as it would be sent; `rules` are
     those whose obligations hold, in the order they applied."""
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
+from typing import NamedTuple
 
 import re2
 
@@ -248,8 +249,7 @@ def _size(pattern: HostPattern) -> int:
     return pattern.name.count(".") + 1 if pattern.name else 0
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """The verdict, why, and the rule that decided. As made, without arguments, it refuses.
 
     `limit` is which of the rule's limits was gone over.

@@ -54,11 +54,18 @@ def _call[T](callback: Callable[[T], None], argument: T) -> None:
         _log.error("a connection's callback failed: %s", where(error))
 
 
+_current: Strand | None = None  # no attribute of a class: to set one costs the interpreter what it knows of the class
+
+
+def current() -> Strand | None:
+    """The strand that runs."""
+    return _current
+
+
 class Strand:
     """One running coroutine. `on_end` is told of the exception it ended with, or None."""
 
     __slots__ = ("_coroutine", "_on_end", "turns")
-    current: Strand | None = None
 
     def __init__(
         self, coroutine: Coroutine[None, None, None], on_end: Callable[[BaseException | None], None] = lambda _: None
@@ -69,7 +76,8 @@ class Strand:
 
     def step(self, error: BaseException | None = None) -> None:
         """Run until it waits again."""
-        before, Strand.current = Strand.current, self
+        global _current
+        before, _current = _current, self
         self.turns = 0
         try:
             if error is None:
@@ -81,7 +89,7 @@ class Strand:
         except (Exception, asyncio.CancelledError) as failure:
             _call(self._on_end, failure)
         finally:
-            Strand.current = before
+            _current = before
 
     async def rest(self) -> None:
         """Go on behind the others: a peer that is always ready must not starve them."""
@@ -93,7 +101,7 @@ class Strand:
         """Await asyncio's kind of coroutine; what does not suspend costs no turn of the loop."""
         task: asyncio.Task[T] = asyncio.eager_task_factory(asyncio.get_running_loop(), work)
         if not task.done():
-            strand = Strand.current
+            strand = _current
             assert strand
             task.add_done_callback(lambda _: strand.step())
             await _park()
@@ -156,8 +164,9 @@ class Channel:
             self._stirred = True
             if self.on_event and READ not in [event for event, _ in waiting.values()]:
                 _call(self.on_event, self.hung_up)
-        for strand in [strand for strand, (event, _) in waiting.items() if event & events]:
-            if waiting.pop(strand, None):  # none: what woke another strand has woken this one too
+        for strand, (event, _) in tuple(waiting.items()):
+            if event & events and strand in waiting:  # else what woke another strand has woken this one too
+                del waiting[strand]
                 strand.step()
 
     def _fail(self, strand: Strand, error: BaseException) -> None:
@@ -174,14 +183,14 @@ class Channel:
         """Wait for the socket. Raises TimeoutError, and ConnectionError when it is closed meanwhile."""
         if self.fd < 0:
             raise ConnectionAbortedError
-        strand = Strand.current
+        strand = _current
         assert strand
         self._waiting[strand] = event, self._poller.now() + seconds
         await _park()
 
     async def recv(self, seconds: float) -> bytes:
         """What has arrived; empty at the end. Raises OSError, TimeoutError."""
-        strand = Strand.current
+        strand = _current
         if strand:
             strand.turns += 1
             if strand.turns > TURNS:
@@ -273,7 +282,7 @@ class Channel:
 
     async def send(self, data: bytes, seconds: float) -> None:
         """Send all of it, behind what `send_soon` left. Raises OSError, TimeoutError."""
-        if strand := Strand.current:
+        if strand := _current:
             strand.turns += 1
             if strand.turns > TURNS:
                 await strand.rest()
@@ -433,7 +442,7 @@ class Poller:
         if len(ready) > 1 or self._due:
             self.corked = []
         try:
-            if self._due or len(ready) > BATCH or not all(channel.owner == ready[0][0].owner for channel, _ in ready):
+            if self._due or len(ready) > BATCH or len({channel.owner for channel, _ in ready}) > 1:
                 for channel, events in ready:
                     if not channel.due:
                         self._due.setdefault(channel.owner, deque()).append(channel)

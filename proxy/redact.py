@@ -66,7 +66,11 @@ class Replacer:
     def _undecided(self, data: bytes, start: int) -> int:
         """Where, from `start` on, the longest end of `data` begins that more bytes could turn into a pattern."""
         size = len(data)
-        end = next((at for at in range(max(start, size - _PROBE), size) if data[at:] in self._starts), size)
+        end = size
+        for at in range(max(start, size - _PROBE), size):
+            if data[at:] in self._starts:
+                end = at
+                break
         for head, probe in self._probes:
             at = max(start, size - len(head) + 1) - 1
             while (at := data.find(probe, at + 1, end + _PROBE - 1)) >= 0:
@@ -94,7 +98,7 @@ class ReplacerStream:
     def feed(self, chunk: bytes) -> bytes:
         """What can be passed on now."""
         data = self._held + chunk if self._held else chunk
-        start = self._swallow(data, 0)
+        start = self._swallow(data, 0) if self._longer else 0
         return self._advance(data, start, self._replacer._undecided(data, start))
 
     def finish(self) -> bytes:
@@ -104,7 +108,7 @@ class ReplacerStream:
     def _advance(self, data: bytes, start: int, end: int) -> bytes:
         """`data` from `start` on with the patterns replaced that begin before `end`; the rest is held."""
         output: list[bytes] = []
-        if self._replacer._literals.absent(data):
+        if not self._replacer.finds(data):
             self._held = data[end:]
             return data[start:end]
         heads = self._replacer._heads
@@ -117,7 +121,9 @@ class ReplacerStream:
                 self._at = len(head)
                 self.found[label] += 1
                 output += data[start:at], replacement
-                start = self._swallow(data, at + len(head))
+                start = at + len(head)
+                if self._longer:
+                    start = self._swallow(data, start)
                 if start > end:
                     end = self._replacer._undecided(data, start)
             if (at := data.find(head, start)) < 0:
@@ -129,8 +135,6 @@ class ReplacerStream:
 
     def _swallow(self, data: bytes, start: int) -> int:
         """Where the long pattern that was just replaced stops going on in `data`."""
-        if not self._longer:
-            return start
         rest = data[start:]
         at = self._at
         reach = {pattern: _common(pattern, at, rest) for pattern in self._longer}

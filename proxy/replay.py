@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakValueDictionary
 
 from mitmproxy import http
@@ -46,8 +45,7 @@ _OF_ONE_FLOW = frozenset({"exchange", "sent_at"})
 type Key = tuple[bytes, bytes, bytes]  # the method, and the header lines before and behind the content length
 
 
-@dataclass(frozen=True, slots=True)
-class Apart:
+class Apart(NamedTuple):
     """A request's head: what it has in common with others, what it asks for, and its content length where that is
     spelt as usual."""
 

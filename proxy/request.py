@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote_to_bytes
 
 from proxy.address import Host
@@ -68,8 +69,7 @@ class Ambiguous(ValueError):
     """A request that could be read in two ways, or in none; its text is for the agent."""
 
 
-@dataclass(frozen=True, slots=True)
-class RequestView:
+class RequestView(NamedTuple):
     """A request as it is matched and forwarded. `readings` are all ways an origin might read `path`, itself first.
     `overrides`: what else its method may be to an origin, from a header such as X-HTTP-Method-Override."""
 
@@ -83,7 +83,7 @@ class RequestView:
     upgrade: str = ""
     readings: tuple[str, ...] = ("/",)
     overrides: frozenset[str] = frozenset()
-    body: Body | None = field(default=None, compare=False)  # for rules that look at it; None: nobody has
+    body: Body | None = None  # for rules that look at it; None: nobody has
 
     @staticmethod
     def parse(
@@ -118,22 +118,11 @@ class RequestView:
         Raises Ambiguous.
         """
         path, query, readings = _parse_target(target)
-        return replace(self, host=host, port=port, path=path, query=query, readings=readings)
+        return self._replace(host=host, port=port, path=path, query=query, readings=readings)
 
     def with_headers(self, headers: tuple[Field, ...]) -> RequestView:
         """The same request with other headers."""
-        return RequestView(
-            self.method,
-            self.scheme,
-            self.host,
-            self.port,
-            self.path,
-            self.query,
-            headers,
-            self.upgrade,
-            self.readings,
-            self.overrides,
-        )
+        return self._replace(headers=headers)
 
     @property
     def authority(self) -> str:

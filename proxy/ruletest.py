@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
@@ -203,7 +203,7 @@ def _ask(policy: Policy, request: Request) -> _Outcome:
     except Ambiguous:
         return _Outcome()
     body = request.body if isinstance(request.body, str) else json.dumps(request.body)
-    plan = plan_of_client(policy, agent, replace(view, body=Body(body.encode())))
+    plan = plan_of_client(policy, agent, view._replace(body=Body(body.encode())))
     decision = plan.decision
     name, at = (plan.rule.name, plan.rule.at) if plan.rule else (None, "")
     if not decision.allowed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import pytest
@@ -95,7 +94,7 @@ def test_any_request_is_a_view_or_ambiguous(method: str, target: str, headers: l
     except Ambiguous:
         return
     again = RequestView.parse(view.method, "https", view.host, 443, view.path_and_query, view.headers)
-    assert replace(again, upgrade=view.upgrade) == view  # that header is not forwarded
+    assert again._replace(upgrade=view.upgrade) == view  # that header is not forwarded
     assert view.path_and_query.isascii()
 
 

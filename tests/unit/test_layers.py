@@ -17,7 +17,7 @@ LAYERS = {
     0: "problem reason secret",
     1: (
         "address agent agenttoken auditchain bodymatch clienthello coding exchange forms frames framing http1 "
-        "jaildns literals pattern proof request series strangers url"
+        "jaildns literals passing pattern proof request series strangers url"
     ),
     2: "claims grant keyformats leak policy redact sigv4",
     3: (
@@ -32,8 +32,8 @@ LAYERS = {
         "unixsocket upstream vault workerprocess"
     ),
     5: (
-        "addon contexts cut doors flow jaildoor lane layers peer pool relay replay runtime server signing strict1 "
-        "strict2 strictws supervisor tls tlsdoor transparent worker"
+        "addon contexts cut doors flow jaildoor lane layers peer pool relay replay runtime server settled signing "
+        "strict1 strict2 strictws supervisor tls tlsdoor transparent worker"
     ),
     6: "__main__ check cli cliaudit clicanary cligateway clirekey demo doctor jail script",
 }
