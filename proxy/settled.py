@@ -13,6 +13,7 @@ from mitmproxy import http
 
 from proxy.auditline import Words, asked, written
 from proxy.exchange import Exchange
+from proxy.fastflow import copy_request
 from proxy.flow import FlowState, fast_headers
 from proxy.framing import HeaderBlock
 from proxy.leak import Detector
@@ -78,13 +79,11 @@ class Settled(NamedTuple):
     def own_request(self) -> http.Request:
         """A copy for a flow, which may change it."""
         decision = self.decision
-        data: http.RequestData = object.__new__(http.RequestData)
-        data.__dict__ = {**vars(decision.request.data), "path": self.target}
+        changed: dict[str, object] = {"path": self.target}
         if self.length != decision.length:
-            data.headers = fast_headers(fields_with_length(data.headers.fields, self.length))
-        request: http.Request = object.__new__(http.Request)
-        request.__dict__ = {"data": data, "stream": False}
-        return request
+            fields = decision.request.data.headers.fields
+            changed["headers"] = fast_headers(fields_with_length(fields, self.length))
+        return copy_request(decision.request, **changed)
 
     def retargeted(self, view: RequestView, length: int) -> Settled:
         """The same for a request that was found to be alike, with a body of another length."""
