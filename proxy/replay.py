@@ -34,7 +34,7 @@ from proxy.request import Ambiguous, RequestView
 from proxy.settled import LENGTH, Decision, Ground, Replay, Settled, fields_with_length
 
 if TYPE_CHECKING:
-    from proxy.addon import Addon
+    from proxy.hooks import Hooks
 
 MAX_REQUESTS = 16  # in each kind of tunnel
 MAX_HEAD = 2048  # bytes of a request
@@ -94,7 +94,7 @@ def _seen[K](table: dict[K, Settled | None], key: K) -> bool:
 class Replays:
     """All that one process remembers: a table for each kind of tunnel, while such a tunnel is open or was lately."""
 
-    def __init__(self, addon: Addon) -> None:
+    def __init__(self, addon: Hooks) -> None:
         self._addon = addon
         self._runtime = addon.runtime
         self._tables: WeakValueDictionary[tuple[object, ...], Table] = WeakValueDictionary()

@@ -37,7 +37,7 @@ TEETH: tuple[Tooth, ...] = (
     # Authority
     Tooth(
         "server-name",
-        "addon.py",
+        "tunnels.py",
         "peer.sni_mismatch = not _names(server_name, host)",
         "peer.sni_mismatch = False",
         "test_authority.py -k server_name",
@@ -144,7 +144,7 @@ TEETH: tuple[Tooth, ...] = (
     ),
     Tooth(
         "reconnecting",
-        "addon.py",
+        "hooks.py",
         "lru_cache(maxsize=4096)(lambda _agent: FrameBudget())",
         "partial(lambda _agent: FrameBudget())",
         "test_http2.py -k next_connection",
@@ -173,7 +173,7 @@ TEETH: tuple[Tooth, ...] = (
     ),
     Tooth(
         "lock-out",
-        "addon.py",
+        "hooks.py",
         "if identified.agent is None and proofs and self._guesses",
         "if proofs and self._guesses",
         "test_identity.py -k guessing",
@@ -187,7 +187,7 @@ TEETH: tuple[Tooth, ...] = (
     ),
     Tooth(
         "token-in-a-row",
-        "addon.py",
+        "hooks.py",
         "proofs = flows.proxy_authorization(flow)",
         "proofs = flows.proxy_authorization(flow) or self.__dict__.get('last', [])\n        self.last = proofs",
         "test_identity.py -k in_a_row",
@@ -201,7 +201,7 @@ TEETH: tuple[Tooth, ...] = (
     ),
     Tooth(
         "failed-handshake",
-        "addon.py",
+        "hooks.py",
         'self._cut_short(client, "CONNECT", reason)',
         'self._cut_short(client, "CONNECT", Reason.PROTOCOL_NOT_ALLOWED)',
         "test_identity.py -k handshake",
@@ -216,7 +216,7 @@ TEETH: tuple[Tooth, ...] = (
     ),
     Tooth(
         "body-size",
-        "addon.py",
+        "deciding.py",
         "            if left < 0:\n",
         "            if False:\n",
         "test_limits.py -k chunks",
@@ -224,7 +224,7 @@ TEETH: tuple[Tooth, ...] = (
     # Secrets
     Tooth(
         "leak-in-head",
-        "addon.py",
+        "deciding.py",
         "self.runtime.leaks.check(view, target, formats=approved.scan)\n",
         "True\n",
         "test_leaks.py -k in_any_header",
@@ -240,14 +240,14 @@ TEETH: tuple[Tooth, ...] = (
     Tooth(
         "replay-rules",
         "replay.py",
-        'not plan.decision.allowed or plan.rules != known.state["rules"]',
+        "not plan.decision.allowed or plan.rules != decision.rules",
         "False",
         "../wire/test_replay.py -k another_rule",
     ),
     Tooth(
         "replay-body",
         "replay.py",
-        "if not self._runtime.leaks.is_clean(body, formats=state.guarded[1]):",
+        "if not self._runtime.leaks.is_clean(body, formats=replay.settled.decision.formats):",
         "if False:",
         "../wire/test_replay.py -k looked_through",
     ),
@@ -257,6 +257,13 @@ TEETH: tuple[Tooth, ...] = (
         "if redactor and redactor.finds(body):",
         "if False:",
         "../wire/test_replay.py -k next_answer",
+    ),
+    Tooth(
+        "replay-stream",
+        "replay.py",
+        "return scan(body, data) if body else [data]",
+        "return [data] if data else []",
+        "../wire/test_replay.py -k secret_in",
     ),
     Tooth(
         "leak-held-back",
@@ -281,7 +288,7 @@ TEETH: tuple[Tooth, ...] = (
     ),
     Tooth(
         "leak-on-record",
-        "addon.py",
+        "hooks.py",
         "if view and self.runtime.leaks.hides(view, refused):",
         "if False:",
         "test_leaks.py -k not_written_down",
@@ -295,14 +302,14 @@ TEETH: tuple[Tooth, ...] = (
     ),
     Tooth(
         "changed-hands",
-        "addon.py",
+        "hooks.py",
         "        self._belongs(peer, tunnel.agent_id)\n",
         "",
         "test_exhaustion.py -k change_hands",
     ),
     Tooth(
         "minting",
-        "addon.py",
+        "tunnels.py",
         "            if self._mints_too_many(identified.agent.id, host):\n",
         "            if False:\n",
         "test_exhaustion.py -k storm",
@@ -495,7 +502,7 @@ TEETH: tuple[Tooth, ...] = (
     # Slow clients
     Tooth(
         "dripping-requests-in-the-lane",
-        "lane.py",
+        "conversation.py",
         "patience = max(0.0, started + self.lane.head_seconds - now) if started else self.idle",
         "patience = self.idle",
         "test_slow.py -k in_a_tunnel",

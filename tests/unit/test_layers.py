@@ -32,8 +32,9 @@ LAYERS = {
         "unixsocket upstream vault workerprocess"
     ),
     5: (
-        "addon asking contexts conversation cut doors fastflow flow jaildoor lane laneclient layers peer pool relay "
-        "replay runtime server settled signing strict1 strict2 strictws supervisor tls tlsdoor transparent worker"
+        "addon answering asking contexts conversation cut deciding doors fastflow flow hooks jaildoor lane laneclient "
+        "layers peer pool relay replay runtime server settled signing strict1 strict2 strictws supervisor tls tlsdoor "
+        "transparent tunnels worker"
     ),
     6: "__main__ check cli cliaudit clicanary cligateway clirekey demo doctor jail script",
 }
