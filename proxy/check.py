@@ -111,7 +111,7 @@ def _rules_of(path: Path) -> Path:
 
 def explain_request(settings: Settings, arguments: argparse.Namespace) -> int:
     """Print which rule decides a request and why."""
-    from proxy.cli import pairs
+    from proxy.clitools import pairs
 
     policy, _ = read_policy(settings.rules)
     headers = []

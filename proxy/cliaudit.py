@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from proxy.auditchain import BEGIN, Chain
-from proxy.cli import OK, PROBLEMS, print_json, settings_of
+from proxy.clitools import OK, PROBLEMS, print_json, settings_of
 from proxy.problem import UserError
 
 type Arguments = argparse.Namespace

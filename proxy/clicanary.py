@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from proxy.canary import PREFIX, Canaries
-from proxy.cli import OK, print_json, print_table, settings_of, shown_time, with_store
+from proxy.clitools import OK, print_json, print_table, settings_of, shown_time, with_store
 from proxy.masterkey import load_master_key
 from proxy.store import Store
 

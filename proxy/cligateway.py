@@ -8,7 +8,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from proxy.cli import OK, parse_span, print_json, print_table, settings_of, shown_time, with_store
+from proxy.clitools import OK, parse_span, print_json, print_table, settings_of, shown_time, with_store
 from proxy.gatewaykeys import LIFE, Gateway, GatewayKeys
 from proxy.masterkey import load_master_key
 from proxy.store import Store

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from proxy.cli import OK, print_json, settings_of, with_store
+from proxy.clitools import OK, print_json, settings_of, with_store
 from proxy.files import own_dir
 from proxy.masterkey import KEY, KEY_FILE, NEXT
 from proxy.problem import UserError

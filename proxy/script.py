@@ -11,7 +11,7 @@ from typing import Any
 from mitmproxy import connection, ctx
 
 from proxy.addon import Addon
-from proxy.cli import settings_of
+from proxy.clitools import settings_of
 from proxy.problem import Problems, UserError
 from proxy.runtime import Runtime
 from proxy.upstream import pin_connections

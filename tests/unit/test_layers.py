@@ -36,7 +36,7 @@ LAYERS = {
         "layers peer pool relay replay runtime server settled signing strict1 strict2 strictws supervisor tls tlsdoor "
         "transparent tunnels worker"
     ),
-    6: "__main__ check cli cliaudit clicanary cligateway clirekey demo doctor jail script",
+    6: "__main__ check cli cliagent cliaudit clicanary cligateway clirekey clitools clivault demo doctor jail script",
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules.split()} | {"__init__": 0}
 
