@@ -32,9 +32,9 @@ LAYERS = {
         "unixsocket upstream vault workerprocess"
     ),
     5: (
-        "addon answering asking contexts conversation cut deciding doors fastflow flow hooks jaildoor lane laneclient "
-        "layers peer pool relay replay runtime server settled signing strict1 strict2 strictws supervisor tls tlsdoor "
-        "transparent tunnels worker"
+        "addon answering asking contexts conversation cut deciding doors fastflow flow handler hooks jaildoor lane "
+        "laneclient layers peer pool relay replay runtime server settled signing strict1 strict2 strictws supervisor tls "
+        "tlsdoor transparent tunnels worker"
     ),
     6: "__main__ check cli cliagent cliaudit clicanary cligateway clirekey clitools clivault demo doctor jail script",
 }
@@ -62,7 +62,7 @@ NOT_PURE = (
 
 # Where a secret is checked, sealed and injected; nobody else reads one.
 REVEAL = {"credential", "outbound", "sealing"}
-REVEAL_STORE_URL = {"check", "cli", "runtime"}  # `settings.store` is a URL with a password, for `Store.open`
+REVEAL_STORE_URL = {"check", "clitools", "runtime"}  # `settings.store` is a URL with a password, for `Store.open`
 
 
 @cache
