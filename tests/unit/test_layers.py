@@ -33,8 +33,8 @@ LAYERS = {
     ),
     5: (
         "addon answering asking contexts conversation cut deciding doors fastflow flow handler hooks jaildoor lane "
-        "laneclient layers peer pool relay replay runtime server settled signing strict1 strict2 strictws supervisor tls "
-        "tlsdoor transparent tunnels worker"
+        "laneclient layers peer pool relay replay runtime server settled signing strict1 strict2 strictws supervisor "
+        "tls tlsdoor transparent tunnels worker"
     ),
     6: "__main__ check cli cliagent cliaudit clicanary cligateway clirekey clitools clivault demo doctor jail script",
 }
