@@ -11,7 +11,9 @@ import contextlib
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable
+from itertools import batched
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Protocol
@@ -24,6 +26,7 @@ from proxy.problem import UserError
 QUEUE = 10_000  # exchanges waiting; more are dropped and counted
 GROUP = 1_000  # lines in one commit
 LINGER = 0.04  # seconds a group waits for company: 25 syncs a second at most, at any load
+SLICE = 32  # lines, after which the interpreter is for those who serve: they would wait for all of a group
 RETRY = 1.0  # seconds between tries while the disk is full or the file cannot be opened
 TAIL = 1024 * 1024  # bytes in which the last whole line is looked for
 _STDOUT = 1
@@ -65,7 +68,7 @@ class AuditFile:
         Raises OSError; the same lines may be tried again then.
         """
         self._follow_rotation()
-        data, last = link(data, self._last)
+        data, last = self._linked(data)
         before, written = os.fstat(self._fd).st_size, 0
         view = memoryview(b"\n" + data if self._torn else data)
         try:
@@ -81,6 +84,14 @@ class AuditFile:
             with contextlib.suppress(OSError):  # a copy; the file is the record
                 while data:
                     data = data[os.write(_STDOUT, data) :]
+
+    def _linked(self, data: bytes) -> tuple[bytes, str]:
+        parts, last = [], self._last
+        for lines in batched(data.splitlines(keepends=True), SLICE):
+            part, last = link(b"".join(lines), last)
+            parts.append(part)
+            time.sleep(0)
+        return b"".join(parts), last
 
     def close(self) -> None:
         """Nothing follows."""
@@ -184,7 +195,10 @@ class Audit:
             more = True
             while more:
                 group, more = self._next_group()
-                lines = [text for exchange in group if (text := self._line(exchange))]
+                lines: list[bytes] = []
+                for some in batched(group, SLICE):
+                    lines += filter(None, map(self._line, some))
+                    time.sleep(0)
                 if lines:
                     self._commit(b"".join(lines), len(lines))
         finally:
