@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import platform
 import re
 import subprocess
 from collections.abc import Callable
@@ -117,7 +116,7 @@ def _versions() -> str:
     """Of everything that took part and is there."""
     ask = {
         "Sallyport": lambda: __version__,
-        "Python": platform.python_version,
+        "Python": _first([PYTHON, "--version"], r"Python (\S+)"),
         "mitmproxy": lambda: version("mitmproxy"),
         "OpenSSL": _first([PYTHON, "-c", "import ssl; print(ssl.OPENSSL_VERSION)"], r"OpenSSL (\S+)"),
         "Go": _first([PEERS / "go", "version"], r"go(\d\S+)"),
