@@ -140,13 +140,10 @@ class Conversation:
         if head.expect:
             flow.request.headers.pop("expect", None)
             await self.channel.send(CONTINUE, self.idle)
-        try:
-            return await self._forward(flow, head, body)
-        except Failed as failed:
-            return await self._upstream_failed(flow, failed.reason, body)
+        return await self._forward(flow, head, body)
 
     async def again(self, replay: Replay) -> bool:
-        """As `_exchange`, for a request that was decided before. It gets a flow where that does not go as smoothly as
+        """As `exchange`, for a request that was decided before. It gets a flow where that does not go as smoothly as
         before."""
         assert self.client
         replays, pool, settled = self.addon.replays, self.lane.pool, replay.settled
@@ -180,7 +177,7 @@ class Conversation:
                     return True
                 upstream.buffer += data
                 begun = upstream, None if data else ConnectionResetError()
-        return await self._finish(self._taken_over(replay), shelf, message, begun)
+        return await self._carry(self._taken_over(replay), shelf, message, _NO_BODY, begun=begun)
 
     def _taken_over(self, replay: Replay) -> http.HTTPFlow:
         flow = new_flow(self.client, replay.settled.own_request(), replay.time, replay.state)
@@ -195,7 +192,7 @@ class Conversation:
         if flow.response:
             method = flow.request.data.method
             return await self._refuse(flow, RequestHead(method, b"", b"HTTP/1.1", settled.decision.block), _NO_BODY)
-        return await self._finish(flow, settled.decision.shelf, settled.message + body, None)
+        return await self._carry(flow, settled.decision.shelf, settled.message + body, _NO_BODY)
 
     async def _pass_on(self, upstream: UpstreamConnection, rest: Passing, out: bytes) -> bytes:
         """Send `out` and what follows of an answer, but for the last of it."""
@@ -204,12 +201,6 @@ class Conversation:
                 await self.channel.send(out, self.idle)  # not soon: somebody waits for each event of a stream
             out = rest.feed(await upstream.channel.recv(self.idle))
         return out
-
-    async def _finish(self, flow: http.HTTPFlow, shelf: Shelf, message: bytes, begun: Begun | None) -> bool:
-        try:
-            return await self._carry(flow, shelf, message, _NO_BODY, begun=begun)
-        except Failed as failed:
-            return await self._upstream_failed(flow, failed.reason, _NO_BODY)
 
     async def _refuse(self, flow: http.HTTPFlow, head: RequestHead, body: Body) -> bool:
         """Send our own answer; a large body is not waited for."""
@@ -305,7 +296,10 @@ class Conversation:
         self.asking.waits = True
         if self.channel.hung_up and not pump:
             self.abort()
-        upstream, answer = await self.asking.ask(flow, shelf, message, pump, begun)
+        try:
+            upstream, answer = await self.asking.ask(flow, shelf, message, pump, begun)
+        except Failed as failed:
+            return await self._upstream_failed(flow, failed.reason, body)
         keep = await self._respond(flow, upstream, answer)
         self.asking.waits, self.asking.upstream = False, None
         whole = body.done and sent[0]
