@@ -115,6 +115,8 @@ class Upstream:
         self._ready.set()
         self._loop.run_forever()
         server.close()
+        if hasattr(server, "abort_clients"):  # Python 3.13: those in the middle of a handshake too
+            server.abort_clients()
         for task in asyncio.all_tasks(self._loop):
             task.cancel()
         self._loop.run_until_complete(self._hang_up())
