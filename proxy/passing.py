@@ -46,4 +46,5 @@ class Passing:
             pieces += self._scan(b"")
         if not self._chunked:
             return b"".join(pieces)
-        return b"".join([*map(chunk, pieces), LAST_CHUNK if self._body.done else b""])
+        chunks = map(chunk, filter(None, pieces))  # an empty one would end the body
+        return b"".join([*chunks, LAST_CHUNK if self._body.done else b""])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
-from tests.harness import Connection, Proxy, Reply, Response, Seen, Upstream, refused, wait_for
+from tests.harness import Connection, Proxy, Reply, Response, Seen, Upstream, read_request, refused, wait_for
 
 type Make = Callable[..., Proxy]
 
@@ -54,6 +56,9 @@ rules:
     match: {host: api.test, path: /edited}
     action: allow
     response: {headers: {set: {x-seen: "yes"}, remove: [x-origin]}}
+  - name: bare
+    match: {host: other.test}
+    action: allow
 """
 FORBIDDEN = """  - name: never
     match: {host: api.test, path: /one}
@@ -73,18 +78,25 @@ def proxy(make_proxy: Make, upstream: Upstream) -> Iterator[Proxy]:
     proxy = make_proxy(RULES, lane="fast")
     proxy.agent()
     proxy.credential("api", SECRET, "--host", "api.test")
-    wait_for(lambda: proxy.get(f"https://api.test/guard/{SECRET}").status == 403, "the guard")
+    numbers = itertools.count()  # each request is another one
+    guarded = lambda: proxy.get(f"https://api.test/guard/{SECRET}", headers={"x-n": str(next(numbers))}).status == 403  # noqa: E731
+    wait_for(guarded, "the guard")
     upstream.seen.clear()
     yield proxy
     proxy.stop()
 
 
 def ask(
-    connection: Connection, path: str = "/one", *lines: str, method: str = "GET", body: bytes | None = None
+    connection: Connection,
+    path: str = "/one",
+    *lines: str,
+    method: str = "GET",
+    body: bytes | None = None,
+    host: str = "api.test",
 ) -> Response:
     if body is not None:
         lines = (*lines, f"content-length: {len(body)}")
-    head = "\r\n".join([f"{method} {path} HTTP/1.1", "host: api.test", "accept: */*", *lines])
+    head = "\r\n".join([f"{method} {path} HTTP/1.1", f"host: {host}", "accept: */*", *lines])
     connection.send(f"{head}\r\n\r\n".encode() + (body or b""))
     return connection.response(method)
 
@@ -101,7 +113,11 @@ def sent(upstream: Upstream) -> list[str]:
     return [value for seen in upstream.seen for value in seen.header("authorization")]
 
 
-def test_each_is_sent_answered_and_recorded_alike(proxy: Proxy, upstream: Upstream, used: Connection) -> None:
+def test_each_is_sent_answered_and_recorded_alike(proxy: Proxy, upstream: Upstream) -> None:
+    names = ("sallyport_upstream_duration_seconds_count", "sallyport_requests_replayed_total")
+    before = [proxy.metric(name) for name in names]  # the guard was asked before it was up
+    with contextlib.closing(proxy.tunnel("api.test")) as connection:
+        assert [ask(connection).body for _ in range(TIMES)] == [b"hello"] * TIMES
     first, *others = upstream.seen
     assert all(seen == first for seen in others)
     assert sent(upstream) == [f"Bearer {SECRET}"] * TIMES
@@ -115,9 +131,8 @@ def test_each_is_sent_answered_and_recorded_alike(proxy: Proxy, upstream: Upstre
     assert lines[-1]["injected"][0]["credential"] == "api"
     assert proxy.metric("sallyport_rule_requests_total", rule="one", verdict="allow") == TIMES
     assert proxy.metric("sallyport_credentials_injected_total", agent="coder-1", credential="api") == TIMES
-    assert proxy.metric("sallyport_rule_requests_total", rule="one", verdict="allow") == TIMES
-    assert proxy.metric("sallyport_upstream_duration_seconds_count") == TIMES
-    assert proxy.metric("sallyport_requests_replayed_total") == TIMES - 2
+    grown = [proxy.metric(name) - count for name, count in zip(names, before, strict=True)]
+    assert grown == [TIMES, TIMES - 2]
 
 
 def test_a_new_block_rule_counts_on_an_open_connection(proxy: Proxy, upstream: Upstream, used: Connection) -> None:
@@ -456,3 +471,383 @@ def test_what_has_expired_is_refused(proxy: Proxy, upstream: Upstream) -> None:
     with contextlib.closing(proxy.tunnel("api.test", agent="brief")) as connection:
         assert [ask(connection).status for _ in range(TIMES)] == [200] * TIMES
         wait_for(lambda: ask(connection).status == 407)
+
+
+# Answers that do not come whole with their head
+
+ASKED = b"GET /one HTTP/1.1\r\nhost: api.test\r\naccept: */*\r\n\r\n"
+STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+FIVE = b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n"
+EVENTS = [b"data: %d\n\n" % number for number in range(5)]
+MARK = b"[redacted:api]"
+
+
+class Told:
+    """An upstream that answers what the test tells it, byte for byte. `None` hangs up."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.says: asyncio.Queue[bytes | None] = asyncio.Queue()
+        upstream.reset()
+        upstream.raw = self.serve
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.loop = asyncio.get_running_loop()
+        while True:
+            await reader.readuntil(b"\r\n\r\n")
+            while said := await self.says.get():
+                writer.write(said)
+                await writer.drain()
+            if said is None:
+                return
+
+    def say(self, *pieces: bytes | None) -> None:
+        """Send these, one by one; an empty one ends an answer."""
+        loop = wait_for(lambda: self.loop, "a connection to the upstream")
+        assert loop
+        for piece in pieces:
+            loop.call_soon_threadsafe(self.says.put_nowait, piece)
+
+
+def answers(upstream: Upstream, answer: Callable[[Seen], bytes]) -> None:
+    """What the upstream says to each request, byte for byte; it keeps its connections."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            seen = await read_request(reader)
+            upstream.seen.append(seen)
+            writer.write(answer(seen))
+            await writer.drain()
+
+    upstream.reset()
+    upstream.raw = serve
+
+
+def streams(upstream: Upstream, *chunks: bytes) -> None:
+    upstream.handler = lambda _: Reply(headers=[("content-type", "text/event-stream")], chunks=list(chunks))
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def read_chunk(connection: Connection) -> bytes:
+    size = int(connection.read_until(b"\r\n"), 16)
+    return connection.read_exactly(size + 2)[:-2]
+
+
+def begin(used: Connection, told: Told) -> None:
+    """A stream whose head and first event have come."""
+    used.send(ASKED)
+    told.say(STREAM, chunk(EVENTS[0]))
+    assert used.read_until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    assert read_chunk(used) == EVENTS[0]
+
+
+def begin_five(used: Connection, told: Told) -> None:
+    """The same with a body of five bytes, of which two have come."""
+    used.send(ASKED)
+    told.say(FIVE)
+    assert used.read_until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    told.say(b"he")
+    assert read_chunk(used) == b"he"
+
+
+def lines_of(proxy: Proxy, count: int) -> list[dict[str, Any]]:
+    """The last audit lines about /one, of as many requests as there were in all."""
+    lines = proxy.audit(TIMES + count, path="/one")
+    assert len(lines) == TIMES + count
+    return lines[TIMES:]
+
+
+@pytest.fixture
+def told(upstream: Upstream, used: Connection) -> Told:
+    """An upstream that answered with a stream often enough for it to be known, and is told what it says from now on."""
+    told = Told(upstream)
+    for _ in range(TIMES):
+        begin(used, told)
+        told.say(b"0\r\n\r\n", b"")
+        assert read_chunk(used) == b""
+    return told
+
+
+def test_a_stream_that_is_repeated_arrives_whole(proxy: Proxy, upstream: Upstream, used: Connection) -> None:
+    def response_bytes() -> float:
+        return proxy.metric("sallyport_bytes_total", agent="coder-1", direction="response")
+
+    streams(upstream, *EVENTS)
+    before, bytes_before = replayed(proxy), response_bytes()
+    answered = [ask(used) for _ in range(2 * TIMES)]
+    assert [answer.body for answer in answered] == [b"".join(EVENTS)] * 2 * TIMES
+    assert all(answer == answered[0] for answer in answered)
+    assert answered[0].header("content-type") == "text/event-stream"
+    size = sum(map(len, EVENTS))
+    lines = lines_of(proxy, 2 * TIMES)
+    assert all((line["status"], line["response_bytes"], line["redacted"]) == (200, size, []) for line in lines)
+    assert replayed(proxy) == before + len(lines)
+    assert response_bytes() == bytes_before + len(lines) * size
+    assert sent(upstream) == [f"Bearer {SECRET}"] * len(upstream.seen)
+
+
+def test_streams_of_other_lengths_follow_one_another(proxy: Proxy, upstream: Upstream, used: Connection) -> None:
+    """Also an empty one, a large one, and the kind that comes whole."""
+    sizes = [3, 0, 70_000, 1, 5]
+    for _ in range(TIMES):
+        for size in sizes:
+            streams(upstream, *[b"x" * 1000] * (size // 1000), *[b"y" * (size % 1000)] * bool(size % 1000))
+            assert len(ask(used).body) == size
+        upstream.handler = hello
+        assert ask(used).body == b"hello"
+    lines = lines_of(proxy, TIMES * (len(sizes) + 1))
+    assert [line["response_bytes"] for line in lines] == [*sizes, len("hello")] * TIMES
+
+
+def test_events_of_a_repeated_stream_stay_live(proxy: Proxy, upstream: Upstream, used: Connection) -> None:
+    """Each reaches the client before the next is sent, and so does the head."""
+    told = Told(upstream)
+    for _ in range(TIMES + 1):
+        used.send(ASKED)
+        told.say(STREAM)
+        assert used.read_until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+        for event in EVENTS:
+            told.say(chunk(event))
+            assert read_chunk(used) == event
+        told.say(b"9\r\ndata")
+        assert read_chunk(used) == b"data"
+        told.say(b": 1\n\n\r\n")
+        assert read_chunk(used) == b": 1\n\n"
+        told.say(b"0\r\n\r\n", b"")
+        assert read_chunk(used) == b""
+    assert upstream.connections == 1
+    assert {line["response_bytes"] for line in lines_of(proxy, TIMES + 1)} == {sum(map(len, EVENTS)) + 9}
+
+
+def test_a_first_event_that_comes_with_the_head_is_not_held_back(
+    proxy: Proxy, upstream: Upstream, used: Connection
+) -> None:
+    told = Told(upstream)
+    for _ in range(TIMES + 1):
+        used.send(ASKED)
+        told.say(STREAM + chunk(EVENTS[0]))
+        assert used.read_until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+        assert read_chunk(used) == EVENTS[0]
+        told.say(chunk(EVENTS[1]) + b"0\r\n\r\n", b"")
+        assert [read_chunk(used), read_chunk(used)] == [EVENTS[1], b""]
+
+
+def redactions(proxy: Proxy) -> float:
+    return proxy.metric("sallyport_secrets_redacted_total", agent="coder-1", credential="api", where="body")
+
+
+def test_a_secret_in_a_repeated_stream_is_redacted(proxy: Proxy, upstream: Upstream, used: Connection) -> None:
+    """And on record where it was; the next without one is as before."""
+    secret, before = SECRET.encode(), redactions(proxy)
+    for _ in range(TIMES):
+        streams(upstream, *EVENTS)
+        assert ask(used).body == b"".join(EVENTS)
+        streams(upstream, EVENTS[0], b"key: " + secret, secret[:9], secret[9:] + b"\n\n", EVENTS[1])
+        assert ask(used).body == EVENTS[0] + b"key: " + MARK + MARK + b"\n\n" + EVENTS[1]
+    lines = lines_of(proxy, 2 * TIMES)
+    clean, found = lines[::2], lines[1::2]
+    assert [line["redacted"] for line in clean] == [[]] * TIMES
+    assert [line["redacted"] for line in found] == [[{"credential": "api", "where": "body", "count": 2}]] * TIMES
+    assert {line["response_bytes"] for line in clean} == {sum(map(len, EVENTS))}
+    assert {line["response_bytes"] for line in found} == {len(EVENTS[0] * 2) + 7 + 2 * len(secret)}
+    assert redactions(proxy) == before + 2 * TIMES
+
+
+def test_a_secret_in_events_that_come_apart_is_redacted(
+    proxy: Proxy, upstream: Upstream, used: Connection, told: Told
+) -> None:
+    secret, before, count = SECRET.encode(), redactions(proxy), replayed(proxy)
+    begin(used, told)
+    told.say(chunk(b"key: " + secret[:9]))
+    assert read_chunk(used) == b"key: "
+    told.say(chunk(secret[9:] + b"\n\n"))
+    assert read_chunk(used) == MARK + b"\n\n"
+    told.say(chunk(b"key: " + secret[:9]))
+    assert read_chunk(used) == b"key: "
+    told.say(b"0\r\n\r\n", b"")
+    assert read_chunk(used) == secret[:9], "it was none"
+    assert read_chunk(used) == b""
+    line = lines_of(proxy, TIMES + 1)[-1]
+    assert line["redacted"] == [{"credential": "api", "where": "body", "count": 1}]
+    assert line["response_bytes"] == len(EVENTS[0]) + 12 + len(secret) + 9
+    assert redactions(proxy) == before + 1
+    assert replayed(proxy) == count + 1
+
+
+def test_a_stream_where_nothing_is_looked_for_is_passed_on(proxy: Proxy, upstream: Upstream, used: Connection) -> None:
+    """No credential is for that host."""
+    streams(upstream, *EVENTS)
+    before = replayed(proxy)
+    with contextlib.closing(proxy.tunnel("other.test")) as connection:
+        for _ in range(2 * TIMES):
+            answer = ask(connection, "/stream", host="other.test")
+            assert answer.body == b"".join(EVENTS)
+            assert not connection.buffer
+    assert replayed(proxy) == before + 2 * TIMES - 2
+
+
+def test_the_head_of_a_repeated_stream_is_edited(proxy: Proxy, upstream: Upstream, used: Connection) -> None:
+    """Where the rule says so."""
+    upstream.handler = lambda _: Reply(headers=[("x-origin", "here")], chunks=EVENTS)
+    for _ in range(TIMES):
+        answered = [ask(used, path) for path in ("/edited", "/edited", "/one", "/one")]
+        assert [answer.header("x-seen") for answer in answered] == ["yes", "yes", None, None]
+        assert [answer.header("x-origin") for answer in answered] == [None, None, "here", "here"]
+        assert {answer.body for answer in answered} == {b"".join(EVENTS)}
+
+
+@pytest.mark.parametrize(
+    ("last", "left"),
+    [
+        ([None], b""),
+        ([b"5\r\nhel", None], b"3\r\nhel\r\n"),
+        ([b"0\r\n", None], b""),
+        ([b"no size\r\n"], b""),
+    ],
+    ids=["between chunks", "in a chunk", "before the trailers", "a malformed chunk"],
+)
+def test_a_repeated_stream_that_breaks_off_is_not_taken_for_whole(
+    proxy: Proxy, upstream: Upstream, used: Connection, told: Told, last: list[bytes | None], left: bytes
+) -> None:
+    """The client is cut before the last chunk, it is on record once, and who asks next is answered."""
+    begin(used, told)
+    told.say(*last)
+    assert used.rest() == left
+    upstream.raw, upstream.handler = None, hello
+    with contextlib.closing(proxy.tunnel("api.test")) as connection:
+        assert ask(connection).body == b"hello"
+    proxy.stop()
+    lines = lines_of(proxy, TIMES + 2)[-2:]
+    assert [(line["verdict"], line["status"]) for line in lines] == [("allow", 200)] * 2
+    assert [line["response_bytes"] for line in lines] == [len(EVENTS[0]) + (3 if left else 0), len("hello")]
+
+
+def test_a_killed_agent_is_cut_in_the_middle_of_a_repeated_stream(
+    proxy: Proxy, upstream: Upstream, used: Connection, told: Told
+) -> None:
+    begin(used, told)
+    proxy.cli("agent", "kill", "coder-1")
+    assert used.closed()
+    proxy.stop()
+    line = lines_of(proxy, TIMES + 1)[-1]
+    assert (line["verdict"], line["reason"]) == ("block", "agent_killed")
+    assert (line["status"], line["response_bytes"]) == (200, len(EVENTS[0]))
+    assert line["injected"][0]["credential"] == "api"
+
+
+def test_a_client_that_leaves_a_repeated_stream_is_on_record_once(
+    proxy: Proxy, upstream: Upstream, used: Connection, told: Told
+) -> None:
+    begin(used, told)
+    used.close()
+    proxy.audit(2 * TIMES + 1, path="/one")
+    proxy.stop()
+    line = lines_of(proxy, TIMES + 1)[-1]
+    assert (line["verdict"], line["status"], line["response_bytes"]) == ("allow", 200, len(EVENTS[0]))
+
+
+def test_a_long_body_that_is_repeated_arrives_whole(proxy: Proxy, upstream: Upstream, used: Connection) -> None:
+    """Another one behind the same head each time, at last with a secret in it."""
+    bodies = [random.Random(number).randbytes(300_000) for number in range(2 * TIMES)]
+    for body in bodies:
+        upstream.handler = lambda _, body=body: Reply(body=body)  # type: ignore[misc]
+        assert ask(used).body == body
+    body = bodies[0][:150_000] + SECRET.encode() + bodies[0][150_000 + len(SECRET) :]
+    upstream.handler = lambda _: Reply(body=body)
+    assert ask(used).body == body.replace(SECRET.encode(), MARK)
+    lines = lines_of(proxy, 2 * TIMES + 1)
+    assert {line["response_bytes"] for line in lines} == {300_000}
+    assert [len(line["redacted"]) for line in lines] == [0] * 2 * TIMES + [1]
+    assert upstream.connections == 1
+
+
+def test_a_long_body_where_nothing_is_looked_for_keeps_its_length(
+    proxy: Proxy, upstream: Upstream, used: Connection
+) -> None:
+    """No credential is for that host."""
+    body = random.Random(5).randbytes(300_000)
+    upstream.handler = lambda _: Reply(body=body)
+    with contextlib.closing(proxy.tunnel("other.test")) as connection:
+        for _ in range(2 * TIMES):
+            answer = ask(connection, "/long", host="other.test")
+            assert answer.body == body
+            assert answer.header("content-length") == "300000"
+    assert {line["response_bytes"] for line in proxy.audit(2 * TIMES, host="other.test")} == {300_000}
+
+
+@pytest.mark.parametrize("whole_first", [True, False])
+def test_a_body_may_come_with_its_head_or_behind_it(
+    proxy: Proxy, upstream: Upstream, used: Connection, whole_first: bool
+) -> None:
+    told = Told(upstream)
+    for number in range(2 * TIMES):
+        if number % 2 == whole_first:
+            begin_five(used, told)
+            told.say(b"llo", b"")
+            assert [read_chunk(used), read_chunk(used)] == [b"llo", b""]
+        else:
+            used.send(ASKED)
+            told.say(FIVE + b"hello", b"")
+            assert used.response().body == b"hello"
+        assert not used.buffer
+    lines = lines_of(proxy, 2 * TIMES)
+    assert {(line["status"], line["response_bytes"]) for line in lines} == {(200, 5)}
+    assert upstream.connections == 1
+
+
+def test_a_repeated_body_that_breaks_off_is_not_taken_for_whole(
+    proxy: Proxy, upstream: Upstream, used: Connection
+) -> None:
+    told = Told(upstream)
+    for _ in range(TIMES):
+        begin_five(used, told)
+        told.say(b"llo", b"")
+        assert [read_chunk(used), read_chunk(used)] == [b"llo", b""]
+    begin_five(used, told)
+    told.say(b"ll", None)
+    assert used.rest() == chunk(b"ll")
+    assert [line["response_bytes"] for line in lines_of(proxy, TIMES + 1)] == [5] * TIMES + [4]
+
+
+def test_answers_without_a_body_are_told_from_streams(proxy: Proxy, upstream: Upstream, used: Connection) -> None:
+    """By the method or the status, whatever their heads say."""
+    heads = {
+        "/below/204": b"HTTP/1.1 204 None\r\n\r\n",
+        "/below/304": b'HTTP/1.1 304 Same\r\netag: "1"\r\ncontent-length: 500\r\n\r\n',
+        "/below/chunked": STREAM.replace(b" 200 ", b" 304 "),
+    }
+
+    def answer(seen: Seen) -> bytes:
+        body = b"" if seen.method == "HEAD" else b"".join(map(chunk, EVENTS)) + b"0\r\n\r\n"
+        return heads.get(seen.target) or STREAM + body
+
+    answers(upstream, answer)
+    for _ in range(TIMES):
+        assert ask(used).body == b"".join(EVENTS)
+        head = ask(used, method="HEAD")
+        assert (head.status, head.header("content-type")) == (200, "text/event-stream")
+        assert ask(used).body == b"".join(EVENTS)
+        assert [ask(used, path).status for path in heads] == [204, 304, 304]
+        assert not used.buffer
+    assert upstream.connections == 1
+    assert {line["response_bytes"] for line in proxy.audit(3 * TIMES, rule="below")} == {0}
+    assert replayed(proxy) > 4 * TIMES
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_trailers_of_a_repeated_stream_do_not_pass(
+    proxy: Proxy, upstream: Upstream, used: Connection, told: Told, apart: bool
+) -> None:
+    """And the connection carries the next request."""
+    trailers = [b"0\r\nx-key: ", SECRET.encode() + b"\r\nx-sum", b": 1\r\n\r\n"]
+    for _ in range(TIMES):
+        begin(used, told)
+        told.say(*trailers if apart else [b"".join(trailers)], b"")
+        assert read_chunk(used) == b""
+        assert not used.buffer
+    assert upstream.connections == 1
+    lines = lines_of(proxy, 2 * TIMES)
+    assert {(line["response_bytes"], len(line["redacted"])) for line in lines} == {(len(EVENTS[0]), 0)}
