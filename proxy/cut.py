@@ -72,6 +72,8 @@ def _record(addon: Addon, state: FlowState, reason: Reason) -> None:
     if exchange is None or state.recorded:
         return
     state.recorded = state.client_gone = exchange.ended = True
+    if state.response_body:
+        exchange.count_redacted(state.response_body.found, "body")
     addon.runtime.record(
         replace(
             exchange,

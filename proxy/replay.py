@@ -26,7 +26,7 @@ from proxy.http1 import CONSUMED_BODY, BadMessage, Body, ResponseHead, response_
 from proxy.metrics import Tally
 from proxy.outbound import HEADER_KINDS
 from proxy.passing import Passing
-from proxy.peer import Dial
+from proxy.peer import Dial, Peer
 from proxy.plan import make_plan
 from proxy.pool import Shelf, UpstreamConnection
 from proxy.redact import BodyRedactor
@@ -285,22 +285,22 @@ class Replays:
             or self._addon.draining
         ):
             return None
-        body, length, rest = data[end:], head.length, None
+        body, length, streamed = data[end:], head.length, known.streamed
         if length == len(body):
+            streamed = None
             if redactor and redactor.finds(body):
                 return None
-            out = known.lines + body
-            replay.response_bytes = length
-        elif known.streamed is None or (length is not None and length < len(body)):
+        elif streamed is None or (length is not None and length < len(body)):
             return None
-        else:
-            rest = _rest(replay, head, upstream.buffer)
-            out = known.streamed + (rest.feed(body) if body else b"")
         replay.status = head.status
         replay.upstream_duration = time.perf_counter() - replay.sent_at
         peername = upstream.server.peername
         replay.upstream_ip = peername[0] if peername else ""
-        return out, rest
+        if streamed is None:
+            replay.response_bytes = len(body)
+            return known.lines + body, None
+        rest = _rest(replay, head, upstream.buffer)
+        return streamed + (rest.feed(body) if body else b""), rest
 
     def take_over(self, flow: http.HTTPFlow, replay: Replay) -> None:
         """From here on `flow`, which carries its state, is what ends the exchange."""
@@ -311,9 +311,13 @@ class Replays:
         peer.dials.setdefault((place.host.name, place.port), Dial(place.host, place.private))
 
     def end(self, client: Client) -> None:
-        """Put the exchange on record."""
-        peer = self._addon.peers.get(client.id)
-        if peer and (replay := peer.replay):
+        """Put the exchange on record, if one is under way."""
+        if peer := self._addon.peers.get(client.id):
+            self.end_of(peer)
+
+    def end_of(self, peer: Peer) -> None:
+        """The same for a client that may be gone."""
+        if replay := peer.replay:
             peer.replay = None
             if replay.is_plain:
                 self._runtime.repeat(replay)

@@ -65,8 +65,7 @@ class TunnelHooks(Hooks):
             if not self.by_agent[agent]:
                 del self.by_agent[agent]
         self.runtime.metrics.connection(peer.listener.address, -1)
-        if peer.replay:
-            self.runtime.finish(peer.replay.state)
+        self.replays.end_of(peer)
         for flow in list(peer.open.values()):
             self._record(flow)
 

@@ -851,3 +851,25 @@ def test_trailers_of_a_repeated_stream_do_not_pass(
     assert upstream.connections == 1
     lines = lines_of(proxy, 2 * TIMES)
     assert {(line["response_bytes"], len(line["redacted"])) for line in lines} == {(len(EVENTS[0]), 0)}
+
+
+def test_a_stream_that_is_malformed_from_its_head_on_is_on_record(
+    proxy: Proxy, upstream: Upstream, used: Connection, told: Told
+) -> None:
+    before = replayed(proxy)
+    used.send(ASKED)
+    told.say(STREAM + b"no size\r\n")
+    assert used.rest() == b""
+    assert lines_of(proxy, TIMES + 1)[-1]["status"] == 200
+    assert replayed(proxy) == before + 1
+
+
+def test_what_was_redacted_before_a_kill_is_on_record(
+    proxy: Proxy, upstream: Upstream, used: Connection, told: Told
+) -> None:
+    begin(used, told)
+    told.say(chunk(SECRET.encode() + b"\n\n"))
+    assert read_chunk(used) == MARK + b"\n\n"
+    proxy.cli("agent", "kill", "coder-1")
+    assert used.closed()
+    assert len(lines_of(proxy, TIMES + 1)[-1]["redacted"]) == 1
