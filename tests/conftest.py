@@ -63,6 +63,8 @@ def make_proxy(
     _shared_plain_upstream: Upstream,
 ) -> Iterator[Callable[..., Proxy]]:
     """Starts proxies: `make_proxy(rules, connect_to={...}, **settings)`; every one is stopped at the end."""
+    for shared in (_shared_upstream, _shared_plain_upstream):
+        shared.reset()  # a module before this one may have left it silent
     started: list[Proxy] = []
 
     def make(rules: str, connect_to: dict[str, str] | None = None, start: bool = True, **settings: Any) -> Proxy:

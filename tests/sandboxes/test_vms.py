@@ -232,7 +232,7 @@ def test_a_remote_sandbox_is_known_by_its_certificate(
         done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=False, timeout=PATIENCE)
         return done.stdout
 
-    assert run(words) == "200 200"
+    wait_for(lambda: run(words) == "200 200", "the agent")
     line = proxy.audit(path="/remote")[-1]
     assert (line["agent"], line["identity"]) == ("vm-3", ["mtls"])
     assert run(words.replace("vm-3", "vm-4")) == "000 407"  # nobody registered it

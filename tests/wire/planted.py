@@ -90,7 +90,7 @@ def raising[F: Callable[..., Any]](name: str, function: F) -> F:
 
 def plant() -> None:
     """Make every hook and every function of INNER one that can raise."""
-    for name, hook in vars(Addon).items():
+    for name, hook in inspect.getmembers_static(Addon):
         if inspect.isfunction(hook) and (inner := getattr(hook, "__wrapped__", None)):
             (cell,) = [cell for cell in hook.__closure__ if cell.cell_contents is inner]
             cell.cell_contents = raising(name, inner)
@@ -101,7 +101,8 @@ def plant() -> None:
         for parent in parents:
             owner = getattr(owner, parent)
         planted = raising(name, getattr(owner, last))
-        setattr(owner, last, staticmethod(planted) if isinstance(vars(owner)[last], staticmethod) else planted)
+        is_static = isinstance(inspect.getattr_static(owner, last), staticmethod)
+        setattr(owner, last, staticmethod(planted) if is_static else planted)
 
 
 if __name__ == "__main__":
