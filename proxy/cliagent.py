@@ -6,8 +6,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from proxy import killswitch
 from proxy.agent import Agent, AgentState
@@ -34,42 +34,33 @@ from proxy.sandboxenv import FORMATS, Bundle, variables
 from proxy.settings import Settings
 from proxy.store import Store, StoreUnavailable
 
-if TYPE_CHECKING:
-    pass
-
 
 def _agent_add(arguments: Arguments) -> int:
     settings = settings_of(arguments)
     ttl = parse_ttl(arguments.ttl)
     labels = pairs(arguments.label, "--label")
-
-    async def add(store: Store) -> tuple[str, Agent]:
-        registry = await _registry(settings, store)
-        token = await registry.add(arguments.id, labels, ttl, arguments.on_behalf_of or "")
-        return token, await registry.show(arguments.id)
-
-    token, agent = with_store(settings, add)
-    _print_token(arguments, agent, token)
+    add = lambda registry: registry.add(arguments.id, labels, ttl, arguments.on_behalf_of or "")  # noqa: E731
+    _print_token(arguments, *_issued(settings, arguments.id, add))
     return OK
 
 
 def _agent_token(arguments: Arguments) -> int:
-    settings = settings_of(arguments)
-
-    async def renew(store: Store) -> tuple[str, Agent]:
-        registry = await _registry(settings, store)
-        return await registry.token(arguments.id), await registry.show(arguments.id)
-
-    token, agent = with_store(settings, renew)
-    _print_token(arguments, agent, token)
+    issued = _issued(settings_of(arguments), arguments.id, lambda registry: registry.token(arguments.id))
+    _print_token(arguments, *issued)
     return OK
 
 
-async def _registry(settings: Settings, store: Store) -> Registry:
-    return Registry(store, await load_master_key(settings.state, os.environ, store))
+def _issued(settings: Settings, agent_id: str, issue: Callable[[Registry], Awaitable[str]]) -> tuple[str, Agent]:
+    """The token that `issue` makes, and the agent it is for."""
+
+    async def work(store: Store) -> tuple[str, Agent]:
+        registry = Registry(store, await load_master_key(settings.state, os.environ, store))
+        return await issue(registry), await registry.show(agent_id)
+
+    return with_store(settings, work)
 
 
-def _print_token(arguments: Arguments, agent: Agent, token: str) -> None:
+def _print_token(arguments: Arguments, token: str, agent: Agent) -> None:
     if arguments.json:
         print_json({"agent": agent.id, "token": token, "expires": shown_time(agent.expires)})
         return
@@ -177,12 +168,7 @@ def _one_or_all(arguments: Arguments) -> str | None:
 
 def _agent_env(arguments: Arguments) -> int:
     settings = settings_of(arguments)
-
-    async def token(store: Store) -> tuple[str, Agent]:
-        registry = await _registry(settings, store)
-        return await registry.reissue(arguments.id), await registry.show(arguments.id)
-
-    issued, agent = with_store(settings, token)
+    issued, agent = _issued(settings, arguments.id, lambda registry: registry.reissue(arguments.id))
     written, notes = bundle_for(settings, agent)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

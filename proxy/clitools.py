@@ -10,16 +10,12 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from proxy.agent import NEVER
 from proxy.problem import UserError
 from proxy.quantity import parse_duration
 from proxy.settings import Settings, load_settings
 from proxy.store import Store
-
-if TYPE_CHECKING:
-    pass
 
 type Arguments = argparse.Namespace
 type Command = Callable[[Arguments], int]

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from proxy.clitools import (
     OK,
@@ -28,9 +28,6 @@ from proxy.outbound import placeholder_of
 from proxy.problem import UserError
 from proxy.store import Store
 from proxy.vault import Entry, Vault
-
-if TYPE_CHECKING:
-    pass
 
 
 def _vault[T](arguments: Arguments, work: Callable[[Vault], Awaitable[T]]) -> T:

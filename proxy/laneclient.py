@@ -149,7 +149,7 @@ class Connection:
 
     def _register(self) -> None:
         assert self.peer
-        self.talk.client = client = object.__new__(Client)  # without its 20 checked fields, as in `_flow`
+        self.talk.client = client = object.__new__(Client)  # without its 20 checked fields, as in `fastflow`
         client.__dict__ = {
             **_CLIENT,
             "id": f"{getrandbits(128):032x}",
