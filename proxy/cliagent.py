@@ -17,7 +17,7 @@ from proxy.clitools import (
     Arguments,
     pairs,
     parse_ttl,
-    plain,
+    print_data,
     print_json,
     print_table,
     settings_of,
@@ -94,10 +94,7 @@ def _agent_list(arguments: Arguments) -> int:
 def _agent_show(arguments: Arguments) -> int:
     agent = with_store(settings_of(arguments), lambda store: Registry(store).show(arguments.id))
     data = _agent_data(agent)
-    if arguments.json:
-        print_json(data)
-    else:
-        print("\n".join(f"{key:13} {plain(value)}" for key, value in data.items()))
+    print_data(arguments, data, 13)
     return OK
 
 

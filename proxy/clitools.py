@@ -112,8 +112,15 @@ def shown_pairs(values: Mapping[str, str]) -> str:
     return ", ".join(f"{key}={value}" for key, value in values.items())
 
 
-def plain(value: object) -> str:
-    """A value for people."""
+def print_data(arguments: Arguments, data: Mapping[str, object], width: int) -> None:
+    """Data as JSON where that was asked for, else line by line, the names as wide as `width`."""
+    if arguments.json:
+        print_json(data)
+    else:
+        print("\n".join(f"{key:{width}} {_plain(value)}" for key, value in data.items()))
+
+
+def _plain(value: object) -> str:
     if isinstance(value, dict):
         return shown_pairs(value) or "-"
     if isinstance(value, list):

@@ -14,7 +14,7 @@ from proxy.clitools import (
     Arguments,
     pairs,
     parse_expires,
-    plain,
+    print_data,
     print_json,
     print_table,
     settings_of,
@@ -101,10 +101,7 @@ def _vault_list(arguments: Arguments) -> int:
 
 def _vault_show(arguments: Arguments) -> int:
     data = _entry_data(_vault(arguments, lambda vault: vault.show(arguments.name)))
-    if arguments.json:
-        print_json(data)
-    else:
-        print("\n".join(f"{key:12} {plain(value)}" for key, value in data.items()))
+    print_data(arguments, data, 12)
     return OK
 
 
