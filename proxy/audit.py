@@ -25,8 +25,9 @@ from proxy.problem import UserError
 
 QUEUE = 10_000  # exchanges waiting; more are dropped and counted
 GROUP = 1_000  # lines in one commit
-LINGER = 0.04  # seconds a group waits for company: 25 syncs a second at most, at any load
+LINGER = 0.04  # seconds a group waits for company, unless that many lines wait already
 SLICE = 32  # lines, after which the interpreter is for those who serve: they would wait for all of a group
+PAUSE = 0.0005  # seconds it is theirs then, unless a group is full and more lines wait
 RETRY = 1.0  # seconds between tries while the disk is full or the file cannot be opened
 TAIL = 1024 * 1024  # bytes in which the last whole line is looked for
 _STDOUT = 1
@@ -46,10 +47,12 @@ class Sink(Protocol):
 class AuditFile:
     """The log on disk, whole lines only, each chained to the one before; a copy on standard output if `stdout`."""
 
-    def __init__(self, path: Path, stdout: bool = False) -> None:
-        """Raises UserError when the file cannot be opened."""
+    def __init__(self, path: Path, stdout: bool = False, pause: float = 0.0) -> None:
+        """`pause`: seconds between two slices, where the process has better things to do. Raises UserError when the
+        file cannot be opened."""
         self._path = path
         self._stdout = stdout
+        self._pause = pause
         self._fd = -1
         self._regular = False
         self._torn = False  # the file ends in the middle of a line
@@ -86,11 +89,12 @@ class AuditFile:
                     data = data[os.write(_STDOUT, data) :]
 
     def _linked(self, data: bytes) -> tuple[bytes, str]:
-        parts, last = [], self._last
-        for lines in batched(data.splitlines(keepends=True), SLICE):
-            part, last = link(b"".join(lines), last)
+        parts, last, lines = [], self._last, data.splitlines(keepends=True)
+        pause = self._pause if len(lines) < GROUP else 0
+        for some in batched(lines, SLICE):
+            part, last = link(b"".join(some), last)
             parts.append(part)
-            time.sleep(0)
+            time.sleep(pause)
         return b"".join(parts), last
 
     def close(self) -> None:
@@ -147,7 +151,7 @@ class Audit:
         *,
         refuse: bool = True,
     ) -> None:
-        self._file = sink or AuditFile(path, stdout)
+        self._file = sink or AuditFile(path, stdout, PAUSE)
         self._path = path
         self._on_drop = on_drop
         self._queue: SimpleQueue[Exchange | bytes | None] = SimpleQueue()
@@ -209,7 +213,7 @@ class Audit:
         """The next exchanges to write together, and whether any can follow."""
         group: list[Exchange | bytes] = []
         exchange = self._queue.get()
-        if exchange is not None:
+        if exchange is not None and self._queue.qsize() < GROUP:
             self._closing.wait(LINGER)
         with contextlib.suppress(Empty):
             while exchange is not None:

@@ -81,9 +81,10 @@ def _run(arguments: Arguments) -> int:
 
         asyncio.run(supervise(settings, lambda: settings_of(arguments), ready))
     else:
+        from proxy.poller import run
         from proxy.server import serve  # mitmproxy takes half a second to import
 
-        asyncio.run(serve(settings, os.environ, ready))
+        run(serve(settings, os.environ, ready))
     return OK
 
 

@@ -1,4 +1,5 @@
-"""Non-blocking sockets on one edge-triggered epoll, and the coroutines that wait for them. Knows no HTTP.
+"""Non-blocking sockets, edge-triggered, on the event loop's own epoll, and the coroutines that wait for them. Knows no
+HTTP.
 
 A `Strand` is a coroutine stepped straight from the poller: waking one costs a function call, where an asyncio task
 costs a turn of the loop. Work that needs asyncio (a store, DNS) is awaited through `Strand.finish`.
@@ -9,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import select
+import selectors
 import socket
 import ssl
 import time
 import types
 from array import array
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Generator
 from fcntl import ioctl
 from functools import partial
@@ -33,8 +36,7 @@ _HUNG_UP = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
 _SWEEP = 0.5  # seconds between two looks for waits that have lasted too long
 CHUNK = 65536  # bytes read at a time
 _SENT = CHUNK + RECORD  # bytes enciphered at a time: a chunk with its size around it
-ROUNDS = 8  # looks at the kernel in a turn of the loop, which costs more than one
-LOOK, BATCH = 256, 32  # events taken at each; channels told of theirs before the next, where they have one owner
+LOOK, BATCH = 256, 16  # events taken from the kernel at a time; channels told of theirs before the next look
 CORKED = 16384  # bytes that may wait for the end of a look: waking a peer that sleeps costs as much as all of a request
 TURNS = 16  # reads and writes that need no wait before the others have theirs: some milliseconds of a fast transfer
 
@@ -394,19 +396,47 @@ class Channel:
             self._fail(strand, ConnectionAbortedError())
 
 
-class Poller:
-    """The epoll of one event loop."""
+class Selector(selectors.EpollSelector):
+    """asyncio's epoll, with channels on it as well: these are told of what happened before asyncio is."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        super().__init__()
+        self.poller: Poller | None = None
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """As of `selectors.BaseSelector`."""
+        return super().select(timeout) if self.poller is None else self.poller.look(timeout)
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """asyncio's loop, for a poller to be made in."""
+
+    def __init__(self) -> None:
+        self.selector = Selector()
+        super().__init__(self.selector)
+
+
+def run[T](main: Coroutine[Any, Any, T]) -> T:
+    """As `asyncio.run`, where a poller can be made."""
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        return runner.run(main)
+
+
+class Poller:
+    """The channels of the running event loop, which must be a `Loop`."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, Loop)
+        self._loop = loop
         self.now = time.monotonic  # which is the loop's
-        self._epoll = select.epoll()
+        self._selector = loop.selector
+        self._epoll = select.epoll.fromfd(os.dup(self._selector.fileno()))
         self._channels: dict[int, Channel] = {}
-        self._due: dict[str, deque[Channel]] = {}  # by owner: what happened, and nobody was told yet
-        self._again = False
+        self._due: OrderedDict[str, deque[Channel]] = OrderedDict()  # by owner: what happened, and nobody was told yet
         self.corked: list[Channel] | None = None  # who has something to send when all events of a look were told
-        self._loop.add_reader(self._epoll.fileno(), self._poll)
         self._timer = self._loop.call_later(_SWEEP, self._sweep)
+        self._selector.poller = self
 
     def add(self, channel: Channel) -> None:
         """Watch a channel until it is removed. Raises ConnectionAbortedError when the poller is closed."""
@@ -423,24 +453,15 @@ class Poller:
             with contextlib.suppress(OSError, ValueError):
                 self._epoll.unregister(channel.fd)
 
-    def _poll(self) -> None:
-        self._again = False
-        for _ in range(ROUNDS):
-            if self._epoll.closed:
-                return
-            if not self._look():
-                return
-        if self._due and not self._again:
-            self._again = True
-            self._loop.call_soon(self._poll)
-
-    def _look(self) -> bool:
-        """Tell channels what happened to them; whether anything did."""
-        ready = [(channel, events) for fd, events in self._epoll.poll(0, LOOK) if (channel := self._channels.get(fd))]
-        if not ready and not self._due:
-            return False
+    def look(self, timeout: float | None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Wait for something to happen, at most `timeout` seconds; tell channels what happened to them, at most `BATCH`
+        of them, and the caller what happened to other descriptors."""
+        found = self._epoll.poll(0 if self._due else timeout, LOOK)
+        channels = self._channels
+        ready = [(channel, events) for fd, events in found if (channel := channels.get(fd))]
+        corked: list[Channel] = []
         if len(ready) > 1 or self._due:
-            self.corked = []
+            self.corked = corked
         try:
             if self._due or len(ready) > BATCH or len({channel.owner for channel, _ in ready}) > 1:
                 for channel, events in ready:
@@ -453,23 +474,35 @@ class Poller:
                     if channel.fd >= 0:
                         channel.ready(events)
         finally:
-            corked, self.corked = self.corked, None
-            for channel in corked or ():
+            self.corked = None
+            for channel in corked:
                 channel.uncork()
-        return True
+        return self._others(found) if len(found) > len(ready) else []
+
+    def _others(self, found: list[tuple[int, int]]) -> list[tuple[selectors.SelectorKey, int]]:
+        keys, told = self._selector.get_map(), []
+        for fd, events in found:
+            if key := keys.get(fd):
+                readable = selectors.EVENT_READ if events & ~WRITE else 0
+                writable = selectors.EVENT_WRITE if events & ~READ else 0
+                told.append((key, (readable | writable) & key.events))
+        return told
 
     def _take_turns(self) -> None:
-        """One channel of each owner has its turn, or several where there is only one owner: who has many ready must not
-        make others wait for all of them."""
-        turns = BATCH if len(self._due) == 1 else 1
-        for owner, waiting in list(self._due.items()):
-            for _ in range(min(turns, len(waiting))):
-                channel = waiting.popleft()
-                events, channel.due = channel.due, 0
-                if not channel.closed:
-                    channel.ready(events)
-            if not waiting:
-                del self._due[owner]
+        """Owners in turn, one channel of each: who has many ready must not make others wait for all of them. What the
+        last one of an owner sends does not wait for others either."""
+        due, corked = self._due, self.corked
+        for _ in range(BATCH):
+            if not due:
+                return
+            owner, waiting = due.popitem(last=False)
+            channel = waiting.popleft()
+            if waiting:
+                due[owner] = waiting
+            self.corked = corked if waiting else None
+            events, channel.due = channel.due, 0
+            if not channel.closed:
+                channel.ready(events)
 
     def _sweep(self) -> None:
         self._timer = self._loop.call_later(_SWEEP, self._sweep)
@@ -482,7 +515,7 @@ class Poller:
         if self._epoll.closed:
             return
         self._timer.cancel()
-        self._loop.remove_reader(self._epoll.fileno())
+        self._selector.poller = None
         self._epoll.close()
         while self._channels:
             next(iter(self._channels.values())).close()

@@ -25,7 +25,7 @@ from proxy.upstream import Refused, Route, SocketAddress
 
 CONNECT_TIMEOUT = 10.0  # seconds for TCP and TLS together, each address
 MAX_IDLE = 256  # connections kept in all
-MAX_IDLE_EACH = 32  # for one place
+MAX_IDLE_EACH = 128  # for one place
 IDLE = 60.0  # seconds one is kept
 LOOK = 1.0  # seconds between two looks for older ones
 _RDHUP = getattr(select, "POLLRDHUP", 0)

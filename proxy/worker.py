@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from proxy.addon import Addon
 from proxy.auditlink import AuditPipe
 from proxy.link import Link
+from proxy.poller import run
 from proxy.problem import UserError
 from proxy.runtime import Runtime
 from proxy.server import DRAIN, Server, harden
@@ -131,7 +132,7 @@ def main() -> int:
     task: Task = pickle.load(sys.stdin.buffer)  # noqa: S301  # from our parent process, who started us
     form = f"%(asctime)s %(levelname)s worker {task.number}: %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr)
-    return asyncio.run(work(task))
+    return run(work(task))
 
 
 if __name__ == "__main__":

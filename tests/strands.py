@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from proxy.poller import Channel, Poller, Strand
+from proxy.poller import Channel, Poller, Strand, run
 from tests.harness import PATIENCE
 
 type Scene = Callable[[Poller], Coroutine[Any, Any, None]]
@@ -22,7 +22,7 @@ def descriptors() -> int:
 def play(scene: Scene) -> None:
     """Run a test with a poller, which is closed after it; nothing it opened may be left open."""
 
-    async def run() -> None:
+    async def played() -> None:
         poller = Poller()
         try:
             async with asyncio.timeout(PATIENCE):
@@ -31,7 +31,7 @@ def play(scene: Scene) -> None:
             poller.close()
 
     before = descriptors()
-    asyncio.run(run())
+    run(played())
     assert descriptors() == before
 
 
@@ -46,10 +46,10 @@ async def result[T](coroutine: Coroutine[None, None, T]) -> T:
     """What a coroutine returns or raises that must run on a strand."""
     found: list[T] = []
 
-    async def run() -> None:
+    async def find() -> None:
         found.append(await coroutine)
 
-    error = await start(run())
+    error = await start(find())
     if error:
         raise error
     return found[0]

@@ -260,6 +260,41 @@ def test_a_queue_that_is_full_drops_and_counts(monkeypatch: pytest.MonkeyPatch, 
     assert drops.count == 50
 
 
+class Slow:
+    """A sink that keeps what it is given, once it is let go."""
+
+    def __init__(self) -> None:
+        self.groups: list[int] = []
+        self.asked, self.may_go = threading.Event(), threading.Event()
+
+    def append(self, data: bytes) -> None:
+        self.asked.set()
+        assert self.may_go.wait(60)
+        self.groups.append(data.count(b"\n"))
+
+    def close(self) -> None:
+        pass
+
+
+def test_where_a_group_waits_already_nobody_waits_for_company(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, drops: Drops
+) -> None:
+    """However fast exchanges come, they do not pile up until some are dropped."""
+    monkeypatch.setattr(audit, "GROUP", 5)
+    monkeypatch.setattr(audit, "LINGER", 0)
+    sink = Slow()
+    log = Audit(tmp_path / "unused", False, drops, sink)
+    log.record(exchange())
+    assert sink.asked.wait(60)
+    monkeypatch.setattr(audit, "LINGER", 3600)
+    for number in range(13):
+        log.record(exchange(number))
+    sink.may_go.set()
+    wait_for(lambda: len(sink.groups) >= 3)
+    log.close()
+    assert (sink.groups[:3], sum(sink.groups)) == ([1, 5, 5], 14)
+
+
 def test_a_folder_that_vanished_is_reported_until_it_is_back(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, drops: Drops
 ) -> None:

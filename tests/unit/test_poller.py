@@ -900,3 +900,57 @@ def test_owners_take_turns() -> None:
             theirs.close()
 
     play(scene)
+
+
+def test_what_somebody_else_sends_leaves_at_once() -> None:
+    """The answers of one with many connections leave together; another one's does not wait for them."""
+
+    async def scene(poller: Poller) -> None:
+        left: list[tuple[str, bool]] = []
+        pairs = [half_pair(poller) for _ in range(5)]
+
+        async def answer(channel: Channel, peer: socket.socket) -> None:
+            data = await channel.recv(SECONDS)
+            await channel.send_soon(data, SECONDS)
+            left.append((channel.owner, bool(select.select([peer], [], [], 0)[0])))
+
+        for number, (channel, _) in enumerate(pairs):
+            channel.owner = "one" if number == 2 else "many"
+        ends = [start(answer(channel, peer)) for channel, peer in pairs]
+        for _, peer in pairs:
+            peer.send(b"x")
+        await asyncio.gather(*ends)
+        assert ("one", True) in left
+        assert left.count(("many", False)) == 3  # all but its last
+        for channel, peer in pairs:
+            channel.close()
+            peer.close()
+
+    play(scene)
+
+
+def test_everybody_is_told_in_the_end() -> None:
+    """More than are told in a look, of many owners, while asyncio's own work goes on."""
+
+    async def scene(poller: Poller) -> None:
+        told: list[str] = []
+
+        async def reader(channel: Channel) -> None:
+            await channel.recv(SECONDS)
+            told.append(channel.owner)
+
+        pairs = [socket.socketpair() for _ in range(5 * module.BATCH)]
+        channels = [Channel(poller, ours) for ours, _ in pairs]
+        for number, channel in enumerate(channels):
+            channel.owner = f"agent-{number % 7}" if number % 2 else "many"
+        ended = [start(reader(channel)) for channel in channels]
+        for _, theirs in pairs:
+            theirs.send(b"x")
+        await asyncio.gather(*ended)
+        assert set(told[: module.BATCH // 2]) == {"many", *(f"agent-{number}" for number in range(7))}
+        assert len(told) == len(channels)
+        for channel, (_, theirs) in zip(channels, pairs, strict=True):
+            channel.close()
+            theirs.close()
+
+    play(scene)
