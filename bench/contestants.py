@@ -244,6 +244,7 @@ CONTESTANTS: dict[str, Callable[[Site], Launch]] = {
     "sallyport-fast": lambda site: _sallyport(site, "fast"),
     "sallyport-fast-2": lambda site: _sallyport(replace(site, workers=2), "fast"),
     "sallyport-mitmproxy": lambda site: _sallyport(site, "mitmproxy"),
+    "sallyport-mitmproxy-2": lambda site: _sallyport(replace(site, workers=2), "mitmproxy"),
     "mitmdump": _mitmdump,
     "go": _go,
     "envoy": _envoy,
@@ -252,3 +253,4 @@ CONTESTANTS: dict[str, Callable[[Site], Launch]] = {
     "nginx": _nginx,
     "proxy.py": _proxypy,
 }
+TWO_WORKERS = {"sallyport-fast-2": "sallyport-fast", "sallyport-mitmproxy-2": "sallyport-mitmproxy"}  # and with one

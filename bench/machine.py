@@ -7,9 +7,13 @@ import platform
 import re
 import signal
 import socket
+import statistics
+import struct
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 TICK = 1 / os.sysconf("SC_CLK_TCK")
@@ -101,6 +105,22 @@ def peak(root: int) -> int:
     return _kib(root, "VmHWM") * 1024
 
 
+@contextmanager
+def awake() -> Iterator[bool]:
+    """Idle cores do not halt meanwhile, as under cyclictest: waking one takes a virtual machine as long as a request
+    takes a proxy. Whether the kernel lets us (pm_qos_interface.rst)."""
+    try:
+        latency = os.open("/dev/cpu_dma_latency", os.O_WRONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        os.write(latency, struct.pack("i", 0))
+        yield True
+    finally:
+        os.close(latency)
+
+
 def free_port() -> int:
     """A port for a program that cannot be told 0."""
     with socket.socket() as sock:
@@ -149,6 +169,34 @@ def wait_for_port(port: int, process: subprocess.Popen[str], patience: float = 2
             raise RuntimeError(f"it ended with status {process.returncode}")
         time.sleep(0.05)
     raise RuntimeError("it does not listen")
+
+
+_WORK = """
+import os, sys, time
+os.sched_setaffinity(0, {int(sys.argv[1])})
+texts, done = {number: str(number) for number in range(20_000)}, 0
+end = time.monotonic() + 1
+while time.monotonic() < end:
+    for number in range(1_000):
+        texts[number * 7 % 20_000].encode().find(b"9")
+    done += 1
+print(done)
+"""
+
+
+def second_core() -> float:
+    """How many times as much two cores do as one, in Python: less than twice where they share what is below them."""
+
+    def work(cores: list[int]) -> float:
+        started = [
+            subprocess.Popen([sys.executable, "-c", _WORK, str(core)], stdout=subprocess.PIPE, text=True)
+            for core in cores
+        ]
+        return sum(int(process.communicate()[0]) for process in started)
+
+    one, *others = sorted(os.sched_getaffinity(0))
+    rounds = [work([one, *others[:1]]) / work([one]) for _ in range(3)]
+    return statistics.median(rounds)
 
 
 def description() -> str:

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from bench import machine
-from bench.contestants import HERE, PEERS, PYTHON
+from bench.contestants import HERE, PEERS, PYTHON, TWO_WORKERS
 from bench.measure import DIRECT
 from bench.scenarios import SCENARIOS, UNITS, Scenario
 from proxy import __version__
@@ -81,6 +81,12 @@ def _verdicts(scenario: Scenario, found: dict[str, Figures | str]) -> list[str]:
             if times := ratio(scenario, ours, found.get(name), figure):
                 reached = "reached" if times >= target else "MISSED"
                 said.append(f"{reached}: {times:.2f}x {name}, target {target:g}x ({UNITS[figure]})")
+    for name, alone in TWO_WORKERS.items() if scenario.twice else ():
+        if times := ratio(scenario, found.get(name), found.get(alone)):
+            reached = "reached" if times >= scenario.twice else "MISSED"
+            said.append(
+                f"{reached}: {name} {times:.2f}x {alone}, target {scenario.twice:g}x ({UNITS[scenario.figure]})"
+            )
     for name, most in scenario.limits.items():
         if isinstance(ours, dict) and name in ours:
             reached = "reached" if ours[name] <= most else "MISSED"
@@ -99,7 +105,7 @@ def print_scenario(scenario: Scenario, found: dict[str, Figures | str]) -> None:
         else:
             padded = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
             print(f"  {name:<19}  {'  '.join(padded)}")
-    for verdict in _verdicts(scenario, found):
+    for verdict in [*_verdicts(scenario, found), *([scenario.note] if scenario.twice else [])]:
         print(f"  {verdict}")
 
 
@@ -146,11 +152,12 @@ def _markdown(scenario: Scenario, found: dict[str, Figures | str]) -> list[str]:
     return lines + [f"- {verdict}" for verdict in _verdicts(scenario, found)] + [""]
 
 
-def write_results(results: Results, date: datetime.date, *, quick: bool) -> None:
+def write_results(results: Results, date: datetime.date, *, quick: bool, awake: bool) -> None:
     """RESULTS.md, and the plot by the peers' interpreter, which has matplotlib."""
     text = INTRODUCTION.format(
         date=date, ours=OURS, reverse=" and ".join(REVERSE), machine=machine.description(), versions=_versions()
     )
+    text += "Idle cores " + ("were kept from halting.\n" if awake else "may halt, which latencies show.\n")
     if quick:
         text += "\nA quick run: three repetitions of a second each, one of what takes long.\n"
     text += "\n![How many times as good as the fast lane each contestant is](results.svg)\n\n"
