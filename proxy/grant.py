@@ -93,7 +93,10 @@ class Grant:
 
     def covers_host(self, view: RequestView) -> bool:
         """Whether the credential may be known to the host `view` goes to."""
-        return any(pattern.matches(view.host) and port in (0, view.port) for pattern, port in self._hosts)
+        for pattern, port in self._hosts:  # noqa: SIM110  # `any` takes three times as long
+            if port in (0, view.port) and pattern.matches(view.host):
+                return True
+        return False
 
     def covers_agent(self, agent_id: str) -> bool:
         """Whether an agent may use the credential somewhere."""
@@ -110,8 +113,9 @@ class Grant:
             return "host"
         if self.methods and (view.overrides or not self._names(view.method)):
             return "method"
-        if not all(any_glob(self._paths, reading) for reading in view.readings):
-            return "path"
+        for reading in view.readings:
+            if not any_glob(self._paths, reading):
+                return "path"
         return None if self.covers_agent(agent.id) else "agent"
 
 

@@ -247,8 +247,9 @@ class Replays:
         plan = make_plan(decision.ground.policy, agent, view)
         if not plan.decision.allowed or plan.rules != decision.rules or plan.view is not view:
             return None
-        if any(lease.grant.refusal(agent, view, now) for lease in decision.leases):
-            return None
+        for lease in decision.leases:
+            if lease.grant.refusal(agent, view, now):
+                return None
         if not self._runtime.leaks.is_clean_url(view, formats=decision.formats):
             return None
         settled = known.retargeted(view, length)
