@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -294,9 +295,10 @@ def test_started_among_the_proxys_files_it_sees_none_and_writes_nowhere(proxy: P
 
 
 def test_the_folder_it_was_started_in_is_its_own(jailed: Run, tmp_path: Path) -> None:
-    jailed("sh", "-c", "echo hello > made; echo there > $HOME/x; echo there > /tmp/x")
+    name = f"x-{uuid.uuid4()}"
+    jailed("sh", "-c", f"echo hello > made; echo there > $HOME/{name}; echo there > /tmp/{name}")
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
-    assert not Path("/tmp/x").exists()
+    assert not Path(f"/tmp/{name}").exists()
 
 
 def test_the_system_is_read_only(jailed: Run) -> None:
