@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,21 +131,23 @@ def main() -> None:
     build_tools()
     results: Results = {}
     started = time.monotonic()
-    with machine.awake() as awake:
-        if not awake:
-            print("bench: idle cores may halt here, which latencies show: /dev/cpu_dma_latency is for root")
-        for name in arguments.only:
-            scenario = SCENARIOS[name]
-            names = chosen(scenario, arguments.contestants)
+    for name in arguments.only:
+        scenario, names = SCENARIOS[name], chosen(SCENARIOS[name], arguments.contestants)
+        with machine.awake() if scenario.awake else nullcontext() as awake:
             direct, *others = compare(scenario, names, quick=arguments.quick, distrust=arguments.distrust)
-            results[name] = {each.name: figures(each, direct) for each in (direct, *others)}
-            if scenario.twice:
-                told = f"Two busy cores of this machine do {machine.second_core():.2f} times the work of one."
-                scenario = SCENARIOS[name] = replace(scenario, note=f"{scenario.note} {told}")
-            print_scenario(scenario, results[name])
+        results[name] = {each.name: figures(each, direct) for each in (direct, *others)}
+        told = [scenario.note] if scenario.note else []
+        if scenario.awake:
+            told.append(
+                "Idle cores were kept from halting." if awake else "Idle cores could halt, which latencies show."
+            )
+        if scenario.twice:
+            told.append(f"Two busy cores of this machine do {machine.second_core():.2f} times the work of one.")
+        SCENARIOS[name] = replace(scenario, note=" ".join(told))
+        print_scenario(SCENARIOS[name], results[name])
     print(f"\n{time.monotonic() - started:.0f} s")
     if arguments.write or not (arguments.quick or arguments.distrust):
-        write_results(results, datetime.datetime.now(datetime.UTC).date(), quick=arguments.quick, awake=awake)
+        write_results(results, datetime.datetime.now(datetime.UTC).date(), quick=arguments.quick)
 
 
 if __name__ == "__main__":

@@ -105,8 +105,8 @@ def print_scenario(scenario: Scenario, found: dict[str, Figures | str]) -> None:
         else:
             padded = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
             print(f"  {name:<19}  {'  '.join(padded)}")
-    for verdict in [*_verdicts(scenario, found), *([scenario.note] if scenario.twice else [])]:
-        print(f"  {verdict}")
+    for line in [*_verdicts(scenario, found), *([scenario.note] if scenario.note else [])]:
+        print(f"  {line}")
 
 
 def _first(command: list[str | Path], pattern: str) -> Callable[[], str]:
@@ -152,12 +152,11 @@ def _markdown(scenario: Scenario, found: dict[str, Figures | str]) -> list[str]:
     return lines + [f"- {verdict}" for verdict in _verdicts(scenario, found)] + [""]
 
 
-def write_results(results: Results, date: datetime.date, *, quick: bool, awake: bool) -> None:
+def write_results(results: Results, date: datetime.date, *, quick: bool) -> None:
     """RESULTS.md, and the plot by the peers' interpreter, which has matplotlib."""
     text = INTRODUCTION.format(
         date=date, ours=OURS, reverse=" and ".join(REVERSE), machine=machine.description(), versions=_versions()
     )
-    text += "Idle cores " + ("were kept from halting.\n" if awake else "may halt, which latencies show.\n")
     if quick:
         text += "\nA quick run: three repetitions of a second each, one of what takes long.\n"
     text += "\n![How many times as good as the fast lane each contestant is](results.svg)\n\n"
