@@ -56,12 +56,7 @@ def _call[T](callback: Callable[[T], None], argument: T) -> None:
         _log.error("a connection's callback failed: %s", where(error))
 
 
-_current: Strand | None = None  # no attribute of a class: to set one costs the interpreter what it knows of the class
-
-
-def current() -> Strand | None:
-    """The strand that runs."""
-    return _current
+_current: Strand | None = None  # who runs; in no class: to set its attribute costs the interpreter what it knows of it
 
 
 class Strand:

@@ -15,7 +15,7 @@ import pytest
 import trustme
 
 from proxy import poller as module
-from proxy.poller import CHUNK, READ, TURNS, WRITE, Channel, Poller, Strand, current
+from proxy.poller import CHUNK, READ, TURNS, WRITE, Channel, Poller, Strand
 from tests.strands import half_pair, pair, play, result, start, swept, turns, until
 
 SECONDS = 10.0
@@ -567,7 +567,7 @@ def test_an_exception_reaches_the_end() -> None:
             raise KeyError
 
         assert isinstance(await start(fail()), KeyError)
-        assert current() is None
+        assert module._current is None
 
     play(scene)
 
@@ -650,9 +650,9 @@ def test_work_that_suspends_is_waited_for() -> None:
             return number
 
         async def strand(number: int) -> None:
-            me = current()
+            me = module._current
             assert await Strand.finish(work(number)) == number
-            assert current() is me
+            assert module._current is me
             await channel.send(b"%d" % number, SECONDS)
 
         ends = [start(strand(number)) for number in range(5)]
