@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from proxy.address import is_public
 from proxy.rulefile import load_policy
 from proxy.settings import load_settings
-from tests.harness import PATIENCE, ROOT, Proxy, Upstream
+from tests.harness import PATIENCE, ROOT, Proxy, Upstream, wait_for
 
 FOLDER = ROOT / "deploy/kubernetes"
 NO_MANIFESTS = {"kustomization.yaml", "sallyport.yaml", "sandbox.yaml"}
@@ -303,7 +303,7 @@ def test_a_sandbox_is_known_by_its_service_account(
         )
         return done.stdout
 
-    assert start(service_account_token(signing_key, "sandboxes", "coder-1")) == "200 200"
+    wait_for(lambda: start(service_account_token(signing_key, "sandboxes", "coder-1")) == "200 200")  # once it is known
     assert proxy.audit(host="api.test", verdict="allow")[-1]["identity"] == ["jwt"]
     seen = len(upstream.seen)
     stranger = rsa.generate_private_key(public_exponent=65537, key_size=2048)
