@@ -72,6 +72,10 @@ def _rows(scenario: Scenario, found: dict[str, Figures | str]) -> list[list[str]
     return table
 
 
+def _verdict(reached: bool, words: str) -> str:
+    return f"{'reached' if reached else 'MISSED'}: {words}"
+
+
 def _verdicts(scenario: Scenario, found: dict[str, Figures | str]) -> list[str]:
     """Which target is reached and which is not."""
     ours = found.get(OURS)
@@ -79,18 +83,15 @@ def _verdicts(scenario: Scenario, found: dict[str, Figures | str]) -> list[str]:
     for name, target in scenario.targets.items():
         for figure in (scenario.figure, *scenario.also):
             if times := ratio(scenario, ours, found.get(name), figure):
-                reached = "reached" if times >= target else "MISSED"
-                said.append(f"{reached}: {times:.2f}x {name}, target {target:g}x ({UNITS[figure]})")
+                words = f"{times:.2f}x {name}, target {target:g}x ({UNITS[figure]})"
+                said.append(_verdict(times >= target, words))
     for name, alone in TWO_WORKERS.items() if scenario.twice else ():
         if times := ratio(scenario, found.get(name), found.get(alone)):
-            reached = "reached" if times >= scenario.twice else "MISSED"
-            said.append(
-                f"{reached}: {name} {times:.2f}x {alone}, target {scenario.twice:g}x ({UNITS[scenario.figure]})"
-            )
+            words = f"{name} {times:.2f}x {alone}, target {scenario.twice:g}x ({UNITS[scenario.figure]})"
+            said.append(_verdict(times >= scenario.twice, words))
     for name, most in scenario.limits.items():
         if isinstance(ours, dict) and name in ours:
-            reached = "reached" if ours[name] <= most else "MISSED"
-            said.append(f"{reached}: {UNITS[name]} {_number(ours[name])}, at most {most:g}")
+            said.append(_verdict(ours[name] <= most, f"{UNITS[name]} {_number(ours[name])}, at most {most:g}"))
     return said
 
 

@@ -874,30 +874,34 @@ def test_what_the_kernel_did_not_take_goes_when_it_does(tls: bool) -> None:
     play(scene)
 
 
+async def told(poller: Poller, owners: list[str]) -> list[str]:
+    """The owners of channels that all have something to read, in the order in which they are told."""
+    order: list[str] = []
+
+    async def reader(channel: Channel) -> None:
+        await channel.recv(SECONDS)
+        order.append(channel.owner)
+
+    pairs = [half_pair(poller) for _ in owners]
+    for (channel, _), owner in zip(pairs, owners, strict=True):
+        channel.owner = owner
+    ended = [start(reader(channel)) for channel, _ in pairs]
+    for _, peer in pairs:
+        peer.send(b"x")
+    await asyncio.gather(*ended)
+    for channel, peer in pairs:
+        channel.close()
+        peer.close()
+    return order
+
+
 def test_owners_take_turns() -> None:
     """One with many connections does not make another wait for all of them."""
 
     async def scene(poller: Poller) -> None:
-        order: list[str] = []
-
-        async def reader(channel: Channel) -> None:
-            await channel.recv(SECONDS)
-            order.append(channel.owner)
-
-        pairs = [socket.socketpair() for _ in range(9)]
-        channels = [Channel(poller, ours) for ours, _ in pairs]
-        for channel in channels[:8]:
-            channel.owner = "many"
-        channels[8].owner = "one"
-        ended = [start(reader(channel)) for channel in channels]
-        for _, theirs in pairs:
-            theirs.send(b"x")
-        await asyncio.gather(*ended)
+        order = await told(poller, [*["many"] * 8, "one"])
         assert order.index("one") <= 1
         assert order.count("many") == 8
-        for channel, (_, theirs) in zip(channels, pairs, strict=True):
-            channel.close()
-            theirs.close()
 
     play(scene)
 
@@ -933,24 +937,9 @@ def test_everybody_is_told_in_the_end() -> None:
     """More than are told in a look, of many owners, while asyncio's own work goes on."""
 
     async def scene(poller: Poller) -> None:
-        told: list[str] = []
-
-        async def reader(channel: Channel) -> None:
-            await channel.recv(SECONDS)
-            told.append(channel.owner)
-
-        pairs = [socket.socketpair() for _ in range(5 * module.BATCH)]
-        channels = [Channel(poller, ours) for ours, _ in pairs]
-        for number, channel in enumerate(channels):
-            channel.owner = f"agent-{number % 7}" if number % 2 else "many"
-        ended = [start(reader(channel)) for channel in channels]
-        for _, theirs in pairs:
-            theirs.send(b"x")
-        await asyncio.gather(*ended)
-        assert set(told[: module.BATCH // 2]) == {"many", *(f"agent-{number}" for number in range(7))}
-        assert len(told) == len(channels)
-        for channel, (_, theirs) in zip(channels, pairs, strict=True):
-            channel.close()
-            theirs.close()
+        owners = [f"agent-{number % 7}" if number % 2 else "many" for number in range(5 * module.BATCH)]
+        order = await told(poller, owners)
+        assert set(order[: module.BATCH // 2]) == {"many", *(f"agent-{number}" for number in range(7))}
+        assert len(order) == len(owners)
 
     play(scene)

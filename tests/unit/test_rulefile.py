@@ -10,7 +10,7 @@ import pytest
 
 from proxy.address import Host, HostPattern
 from proxy.policy import Edit, Policy, Rule, Verdict
-from proxy.problem import Problem, Problems
+from proxy.problem import Problems
 from proxy.rulefile import load_policy, parse_rules
 
 STARTER = Path(__file__).parents[2] / "rules"
@@ -205,19 +205,13 @@ def test_a_byte_order_mark_moves_no_place() -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_rules_load_and_keep_their_places() -> None:
-    """It takes as much longer as there are more; what is wrong among them is still found where it stands."""
+def test_ten_thousand_rules_load_in_time_and_keep_their_places() -> None:
+    """The budget is 5 s of CPU; what is wrong among them is still found where it stands."""
     rule = "  - name: rule-{0}\n    match: {{host: api-{0}.example.com, path: /v1/{0}/**}}\n    action: {1}\n"
-
-    def load(count: int) -> tuple[float, list[Rule], list[Problem]]:
-        lines = [rule.format(n, "alow" if n == 9_876 else "allow") for n in range(count)]
-        started = time.process_time()
-        rules, problems = parse_rules("version: 1\nrules:\n" + "".join(lines), "a.yaml")
-        return time.process_time() - started, rules, problems
-
-    few, *_ = load(1_000)
-    many, rules, problems = load(10_000)
-    assert many < 40 * few
+    text = "version: 1\nrules:\n" + "".join(rule.format(n, "alow" if n == 9_876 else "allow") for n in range(10_000))
+    started = time.process_time()  # not of what else the machine does
+    rules, problems = parse_rules(text, "a.yaml")
+    assert time.process_time() - started < 5
     assert len(rules) == 9_999
     assert [problem.place for problem in problems] == [f"a.yaml:{3 + 3 * 9_876 + 2}:13"]
 
